@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh machine: `make demo` trains and shows a model, `make test` runs every check.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# The demo and the tests run on this torch everywhere; `pip install .` takes any torch >= 2.11.
+TORCH  ?= torch==2.13.0
+
+.PHONY: demo test lint clean install
+
+demo: install
+	$(BIN)/python -m trainwright.cli.demo
+
+test: install lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+
+lint: install
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(VENV)/installed
+
+# Wheels only: nothing is ever compiled here.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Trainwright needs Python >= 3.11, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --prefer-binary '$(TORCH)' -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,26 @@
+"""Where it is trained: the `parallel` key of a recipe. Degrees only; `parallel/layout.py` does the arithmetic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from trainwright.recipe.strict import Section
+
+
+class ParallelRecipe(Section):
+    """Degrees of each kind of parallelism. What is left of the GPUs is data parallel."""
+
+    dp_replicate: int = Field(1, ge=1, description="groups that hold a whole copy; shards live inside a group")
+    zero: Literal[0, 1, 2, 3] = Field(3, description="what data ranks shard: 1 optimizer, 2 + gradients, 3 + weights")
+    tp: int = Field(1, ge=1, description="tensor parallel degree, with sequence-parallel norms")
+    cp: int = Field(1, ge=1, description="context parallel degree: a sequence split over GPUs")
+    cp_method: Literal["auto", "ulysses", "ring"] = Field("auto", description="how attention crosses the split")
+    pp: int = Field(1, ge=1, description="pipeline stages")
+    pp_schedule: Literal["1f1b", "interleaved", "zbv"] = Field("1f1b", description="order of micro batches")
+    ep: int = Field(1, ge=1, description="expert parallel degree, inside the data ranks")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="activations computed again backward")
+    offload: Literal["none", "optimizer", "activations", "all"] = Field("none", description="what waits in host memory")
+    kv_replication: bool = Field(True, description="copy KV heads when tp does not divide them; false refuses")
+    timeout_minutes: float = Field(10.0, gt=0, description="a collective that hangs longer ends the run")

@@ -1,0 +1,49 @@
+"""The recipe: everything a user asks for, in one typed tree. No torch.
+
+Sections live in `model.py`, `data.py`, `train.py`, `parallel.py`; this file joins them and checks across them.
+Reading files, inheritance and overrides are in `load.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trainwright.recipe.data import DataRecipe
+from trainwright.recipe.model import AdapterRecipe, ModelRecipe, Quantization
+from trainwright.recipe.parallel import ParallelRecipe
+from trainwright.recipe.strict import Section
+from trainwright.recipe.train import CheckpointRecipe, EvaluationRecipe, TrackingRecipe, TrainRecipe
+
+
+class Recipe(Section):
+    """One training run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
+    description: str = Field("", description="one line for `trainwright recipes`")
+    task: Literal["pretrain", "sft"] = Field("sft", description="pretrain: every token; sft: the answers")
+    model: ModelRecipe = Field(description="what is trained")
+    adapter: AdapterRecipe | None = Field(None, description="train a small part beside frozen weights")
+    quantize: Quantization | None = Field(None, description="frozen weights in 4 or 8 bits; needs an adapter")
+    data: DataRecipe = Field(description="what it is trained on")
+    train: TrainRecipe = Field(description="how it is trained")
+    parallel: ParallelRecipe = Field(default_factory=lambda: ParallelRecipe(), description="where it is trained")
+    evaluation: EvaluationRecipe = Field(default_factory=lambda: EvaluationRecipe(), description="held-out checks")
+    checkpoint: CheckpointRecipe = Field(default_factory=lambda: CheckpointRecipe(), description="what is kept")
+    tracking: TrackingRecipe = Field(default_factory=lambda: TrackingRecipe(), description="where figures go")
+    output: str = Field("runs", description="folder that holds the run's folder")
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Recipe:
+        if self.quantize is not None and self.adapter is None:
+            raise ValueError(f"quantize={self.quantize} freezes the weights: add an adapter, or drop quantize")
+        if self.task == "pretrain" and self.evaluation.generate:
+            raise ValueError("evaluation.generate asks questions, which pretrain data has not: set it to 0")
+        parallel = self.parallel
+        if self.data.seq_len % (parallel.cp * 2) and parallel.cp > 1:
+            raise ValueError(
+                f"data.seq_len={self.data.seq_len} does not split over parallel.cp={parallel.cp} balanced ranks: "
+                f"use a multiple of {parallel.cp * 2}"
+            )
+        return self
