@@ -51,7 +51,8 @@ class TrainRecipe(Section):
             raise ValueError(f"train.micro_batch_size={self.micro_batch_size} is below 1: use 1 or more, or auto")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
-                f"train.min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}: lower it"
+                f"train.min_learning_rate={self.min_learning_rate} is above "
+                f"train.learning_rate={self.learning_rate}: lower it"
             )
         return self
 

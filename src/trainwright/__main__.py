@@ -1,0 +1,5 @@
+"""`python -m trainwright`: what torchrun starts."""
+
+from trainwright.cli import main
+
+main()

@@ -1,0 +1,47 @@
+"""`trainwright convert`: models in and out of other formats."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Models in and out of other formats.", no_args_is_help=True)
+
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="a .gguf file")],
+    folder: Annotated[Path, typer.Argument(help="the new Hugging Face folder")],
+    dtype: Dtype = "float32",
+) -> None:
+    """Turns a GGUF file into a Hugging Face folder: config, safetensors, tokenizer, chat template."""
+    from trainwright.model.gguf import import_gguf
+
+    import_gguf(file, folder, dtype=dtype)
+    print(f"wrote {folder}; train it with: model.path={folder}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="a model folder, or a run's folder")],
+    target: Annotated[Path, typer.Argument(help="the new Hugging Face folder")],
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Writes a model as Hugging Face safetensors in another dtype."""
+    import torch
+
+    from trainwright.data.tokenizer import load_tokenizer
+    from trainwright.errors import UserError
+    from trainwright.model.checkpoint import load_model, save_model
+
+    if target.exists():
+        raise UserError(f"{target} exists: choose another name, nothing was written")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype} is not a type to write: use float32, bfloat16 or float16")
+    source = folder / "model" if (folder / "model").is_dir() else folder
+    model = load_model(source, dtype=getattr(torch, dtype))
+    save_model(model, target)
+    load_tokenizer(str(source)).save(target)
+    print(f"wrote {target}")
