@@ -31,7 +31,7 @@ THINGS = {
     "en": ("apples", "pens", "books", "cards", "shells", "coins"),
 }
 # {n} a name, {t} a thing, {a} and {b} the numbers, in the order that the operation reads them.
-QUESTIONS = {
+QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "add": {
         "zh": (
             "{n}有{a}个{t},又买了{b}个,现在有几个?",
