@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from trainwright.cli import convert, doctor, prepare, recipes, train
+from trainwright.cli import align, convert, doctor, prepare, recipes, train
 from trainwright.errors import UserError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("models")(recipes.models)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.add_typer(convert.app, name="convert")
+app.command("align")(align.align)
 app.command("doctor")(doctor.doctor)
 
 

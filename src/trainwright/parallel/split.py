@@ -1,0 +1,116 @@
+"""Which layers go to which pipeline stage: contiguous runs of equal cost, embedding and head counted. No torch.
+
+Owns the estimate of each part's cost and the exact balanced partition. The planner reads the same split that training
+builds from. Cutting the model and running the stages is `pipeline.py`'s work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from trainwright.errors import UserError
+from trainwright.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class PartCosts:
+    """Relative cost of forward and backward of one token: any unit, the same for all parts."""
+
+    layers: tuple[float, ...]
+    embedding: float
+    head: float
+
+
+def estimate_costs(config: ModelConfig, seq_len: int, recompute: str = "none") -> PartCosts:
+    """FLOPs of each part by the causal convention (DESIGN section 5).
+
+    Full recompute runs each layer's forward once more (a third on top); the head is outside it. The lookup itself costs
+    nothing, but its weight gradient writes the whole table's rows: counted as one multiply per element of the output.
+    """
+    again = 4 / 3 if recompute == "full" else 1.0
+    layers = tuple(
+        again * (6 * block.num_active_parameters() + block.self_attn.flops_per_token(seq_len, causal=True))
+        for block in config.layers
+    )
+    head = config.lm_head
+    return PartCosts(layers, 6.0 * config.embed_tokens.embedding_dim, 6.0 * head.in_features * head.out_features)
+
+
+def split_layers(costs: PartCosts, num_stages: int, counts: Sequence[int] | None = None) -> tuple[range, ...]:
+    """The layers of each stage, first stage first; embedding is in the first, the head in the last.
+
+    The dearest stage is as cheap as any contiguous split allows; among those splits, the most even one (least sum of
+    squares). The first and the last stage may be left with the embedding or the head alone. `counts` says the numbers
+    of layers outright. Raises UserError where a stage would be empty.
+    """
+    num_layers = len(costs.layers)
+    if counts is not None:
+        return _given(counts, num_layers, num_stages)
+    if num_stages > num_layers + min(num_stages - 1, 2):
+        raise UserError(
+            f"{num_stages} pipeline stages cannot share {num_layers} layers, an embedding and a head: "
+            f"use at most {num_layers + 2} stages (parallel.pp x stages per rank)"
+        )
+    limit = _cheapest_maximum(costs, num_stages)
+    return _most_even(costs, num_stages, limit * (1 + 1e-12))
+
+
+def _given(counts: Sequence[int], num_layers: int, num_stages: int) -> tuple[range, ...]:
+    """Ranges of the given lengths."""
+    if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 0 or 0 in counts[1:-1]:
+        raise UserError(
+            f"parallel.pp_layers={list(counts)} does not give {num_layers} layers to {num_stages} stages: "
+            f"write {num_stages} numbers whose sum is {num_layers}, 0 at most at both ends"
+        )
+    ends = list(accumulate(counts, initial=0))
+    return tuple(range(start, end) for start, end in pairwise(ends))
+
+
+class _Stages:
+    """Cost of a stage with layers [start, end)."""
+
+    def __init__(self, costs: PartCosts, num_stages: int) -> None:
+        self.sums = list(accumulate(costs.layers, initial=0.0))
+        self.costs, self.last = costs, num_stages - 1
+        self.num_layers = len(costs.layers)
+
+    def cost(self, stage: int, start: int, end: int) -> float:
+        """Infinite where a stage in the middle would be empty."""
+        if start == end and 0 < stage < self.last:
+            return float("inf")
+        extra = (self.costs.embedding if stage == 0 else 0.0) + (self.costs.head if stage == self.last else 0.0)
+        return self.sums[end] - self.sums[start] + extra
+
+
+def _cheapest_maximum(costs: PartCosts, num_stages: int) -> float:
+    """The least possible cost of the dearest stage (linear partition, by dynamic programming)."""
+    stages = _Stages(costs, num_stages)
+    total = stages.num_layers
+    best = [stages.cost(0, 0, end) for end in range(total + 1)]
+    for stage in range(1, num_stages):
+        best = [min(max(best[cut], stages.cost(stage, cut, end)) for cut in range(end + 1)) for end in range(total + 1)]
+    return best[total]
+
+
+def _most_even(costs: PartCosts, num_stages: int, limit: float) -> tuple[range, ...]:
+    """Least sum of squared stage costs with no stage above `limit`."""
+    stages = _Stages(costs, num_stages)
+    total = stages.num_layers
+
+    def square(stage: int, start: int, end: int) -> float:
+        cost = stages.cost(stage, start, end)
+        return cost * cost if cost <= limit else float("inf")
+
+    best = [square(0, 0, end) for end in range(total + 1)]
+    cuts: list[list[int]] = []
+    for stage in range(1, num_stages):
+        found = [min((best[cut] + square(stage, cut, end), cut) for cut in range(end + 1)) for end in range(total + 1)]
+        best, cut_of = [value for value, _ in found], [cut for _, cut in found]
+        cuts.append(cut_of)
+    ends = [total]
+    for cut_of in reversed(cuts):
+        ends.append(cut_of[ends[-1]])
+    edges = [0, *reversed(ends)]
+    return tuple(range(start, end) for start, end in pairwise(edges))
