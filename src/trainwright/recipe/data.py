@@ -12,15 +12,25 @@ DataFormat = Literal[
     "auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "indexed",
 ]  # fmt: skip
 
+# What the data doctor refuses; `data.accept` names what to go on with all the same.
+Finding = Literal[
+    "double_bos", "missing_eos", "template", "replaced_characters", "truncated_answers",
+]  # fmt: skip
+
 
 class SourceRecipe(Section):
     """One source of samples."""
 
-    path: str = Field(description="file, folder, glob, `shipped:arithmetic`, or a hub id: hf:owner/name")
+    path: str = Field(
+        description="file, folder, glob, `shipped:arithmetic?rows=500`, or a hub id: hf:owner/name[@revision][:glob]"
+    )
     format: DataFormat = Field("auto", description="auto looks at the first rows; indexed is Megatron's .bin/.idx")
     split: str | None = Field(None, description="split of a hub data set or a `datasets` folder")
     columns: dict[str, str] = Field(default_factory=dict, description="our key: the file's key, for odd names")
-    weight: float | None = Field(None, gt=0, description="share of samples when several sources are mixed")
+    document: Literal["line", "paragraph", "file"] = Field(
+        "line", description="what one document is in a .txt file; paragraphs end at blank lines"
+    )
+    weight: float | None = Field(None, gt=0, description="share of rows when several sources are mixed without end")
     epochs: float = Field(1.0, gt=0, description="passes over this source in one epoch of the mix, without weights")
 
 
@@ -45,12 +55,16 @@ class DataRecipe(Section):
     packing: bool = Field(True, description="several documents share a row without seeing each other; false: pad")
     template: str | None = Field(None, description="chat template by name; default: the model's own")
     system: str | None = Field(None, description="system message for samples that have none")
+    document_mask: bool | None = Field(
+        None, description="documents in a row do not see each other; default: yes for sft, no for pretrain"
+    )
     loss_on: Literal["assistant", "all", "last"] = Field("assistant", description="which turns are trained")
     too_long: Literal["truncate", "drop", "split", "raise"] = Field(
         "truncate", description="a sample longer than seq_len"
     )
     max_truncated: float = Field(0.2, ge=0, le=1, description="refuse when more than this share of answers is cut")
     filter: FilterRecipe = Field(default_factory=FilterRecipe, description="which samples stay")
+    accept: list[Finding] = Field(default_factory=list, description="findings of the doctor that do not stop the run")
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="a row that cannot be read")
     max_line_bytes: int = Field(64 * 2**20, ge=1024, description="longest line that is read")
     streaming: bool = Field(False, description="tokenize while training, for data larger than the disk")
