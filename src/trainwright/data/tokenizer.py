@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,12 +87,44 @@ class Tokenizer:
         pipeline = self._parsing if parse_special else self._plain
         return [self._framed(encoding.ids, add_special) for encoding in _encode(pipeline, texts)]
 
-    def encode_spans(self, text: str, *, parse_special: bool) -> Encoding:
-        """Ids of `text` with the characters each stands for; leading spaces belong to their token."""
-        pipeline = self._parsing if parse_special else self._plain
+    def encode_spans(self, text: str, specials: Sequence[tuple[int, int, int]] | None = None) -> Encoding:
+        """Ids of `text` with the characters each stands for; leading spaces belong to their token.
+
+        Args:
+            specials: the special tokens in `text` as (first character, one past the last, id), in order; all else is
+                plain text, whatever it spells. None: every special token that the text spells is one.
+        """
         _refuse_half_characters(text)
-        encoding = pipeline.encode(text, add_special_tokens=False)
-        return Encoding(encoding.ids, encoding.offsets)
+        if specials is None:
+            encoding = self._parsing.encode(text, add_special_tokens=False)
+            return Encoding(encoding.ids, encoding.offsets)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for start, end, token_id in [*specials, (len(text), len(text), -1)]:
+            for piece_id, (first, last) in self._plain_piece(text, at, start):
+                ids.append(piece_id)
+                offsets.append((first, last))
+            if token_id >= 0:
+                ids.append(token_id)
+                offsets.append((start, end))
+            at = end
+        return Encoding(ids, offsets)
+
+    def _plain_piece(self, text: str, start: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Ids and places of `text[start:end]`, a piece between special tokens."""
+        # Metaspace with prepend_scheme "first" puts a space before a text's first word only; a newline before every
+        # later piece keeps it from being first.
+        lead = "\n" if start > 0 and self._leads else ""
+        encoding = self._plain.encode(lead + text[start:end], add_special_tokens=False)
+        for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+            if last > len(lead):
+                yield token_id, (start + first - len(lead), start + last - len(lead))
+
+    @cached_property
+    def _leads(self) -> bool:
+        """Whether a word's ids depend on standing first in the text."""
+        return '"prepend_scheme":"first"' in self._json.replace(" ", "").replace("\n", "")
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""

@@ -1,0 +1,245 @@
+"""Finds, in a rendered conversation, the characters that the model writes.
+
+Owns `TurnFinder`. Stock templates do not say where an answer starts and ends, so it is found from what they do say:
+the rendering of the conversation up to the answer, with the generation prompt, is what the model sees; the answer is
+what follows, through the first end-of-turn token. Token ids are `template.py`'s business.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from trainwright.data.template_jinja import Message, render
+from trainwright.errors import UserError
+
+# Characters that texts do not hold: private use, planes 15 and 16. The first two free ones serve as marks.
+_MARKS = range(0xF0000, 0x10FFFE)
+
+Special = tuple[int, int, int]  # first character, one past the last, token id
+
+
+class Rendering(NamedTuple):
+    """A conversation as text, and where the template itself wrote special tokens.
+
+    `protected` says that a message spells a special token: there `specials` leaves it out, and it is to stay text.
+    """
+
+    text: str
+    specials: list[Special]
+    protected: bool
+
+
+class Turn(NamedTuple):
+    """The characters of one answer. `closed` says that they end with an end-of-turn token."""
+
+    start: int
+    end: int
+    closed: bool
+
+
+class TurnFinder:
+    """Renders conversations by one template and finds the answers in them.
+
+    `stop` are the ids that end an answer: the tokenizer's, and the one that the template writes after an answer.
+    """
+
+    def __init__(
+        self, source: str, special_ids: Mapping[str, int], variables: Mapping[str, str], stop: Sequence[int]
+    ) -> None:
+        self.source = source
+        self._special_ids = special_ids
+        self._variables = variables
+        longest_first = sorted(special_ids, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._header, closing, self._closes_inner = self._probe()
+        self.stop = tuple(dict.fromkeys([*stop, *([] if closing is None else [closing])]))
+
+    # ---- rendering ----
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> Rendering:
+        """The conversation as text. Special tokens that messages spell are found and left out of `specials`."""
+        text = self._text(messages, tools, add_generation_prompt)
+        if not any(self._special.search(value) for value in _strings([*messages, *(tools or [])])):
+            return Rendering(text, find_specials(self._special, self._special_ids, text), False)
+        mark = _free_characters(text, 1)[0]
+        broken = self._text(self._break(messages, mark), self._break(tools, mark), add_generation_prompt)
+        if broken.replace(mark, "") != text:
+            raise UserError("a message spells a special token and the chat template cuts it: take it out of the data")
+        # Every mark that stands before a place moved it one to the right.
+        specials = []
+        for start, end, token_id in find_specials(self._special, self._special_ids, broken):
+            shift = broken.count(mark, 0, start)
+            specials.append((start - shift, end - shift, token_id))
+        return Rendering(text, specials, True)
+
+    def _text(self, messages: Any, tools: Any, add_generation_prompt: bool = False) -> str:
+        return render(self.source, messages, tools, self._variables, add_generation_prompt=add_generation_prompt)
+
+    def _break(self, value: Any, mark: str) -> Any:
+        """`value` with a mark inside every special token that its strings spell."""
+        if isinstance(value, str):
+            while found := self._special.search(value):
+                value = value[: found.start() + 1] + mark + value[found.start() + 1 :]
+            return value
+        if isinstance(value, Mapping):
+            return {key: item if key == "role" else self._break(item, mark) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._break(item, mark) for item in value]
+        return value
+
+    # ---- answers ----
+
+    def answers(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        rendering: Rendering,
+        last_only: bool,
+    ) -> list[Turn]:
+        """The answers in order, or the last of them.
+
+        Raises:
+            UserError: an answer cannot be told from what is around it.
+        """
+        places = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
+        if last_only:
+            places = places[-1:]
+        marked = self._marked(messages, tools, rendering)
+        if marked:
+            return marked[-1:] if last_only else marked
+        turns: list[Turn] = []
+        for at in places:
+            start = self._start(messages, tools, rendering, at)
+            turns.append(self._turn(messages, rendering, at, start))
+        for earlier, later in itertools.pairwise(turns):
+            if earlier.end > later.start:
+                raise UserError("chat template: two answers overlap, so neither can be trained: set data.loss_on=last")
+        return turns
+
+    def _marked(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, rendering: Rendering
+    ) -> list[Turn]:
+        """What the template marks by `{% generation %}`, each through the end-of-turn token that follows."""
+        if "generation" not in self.source or not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source):
+            return []
+        before, after = _free_characters(rendering.text, 2)
+        text = render(self.source, messages, tools, self._variables, marks=(before, after))
+        if re.sub(f"[{before}{after}]", "", text) != rendering.text:
+            return []
+        turns = []
+        for number, piece in enumerate(re.finditer(f"{before}([^{before}{after}]*){after}", text)):
+            start = piece.start() - 2 * number
+            turns.append(self._close(rendering, start, start + len(piece[1])))
+        return turns
+
+    def _close(self, rendering: Rendering, start: int, end: int) -> Turn:
+        """The turn through an end-of-turn token that its text ends with, or that follows after white space only."""
+        for first, last, token_id in rendering.specials:
+            if token_id in self.stop and last > start and (last == end or first >= end):
+                if last == end or not rendering.text[end:first].strip():
+                    return Turn(start, last, True)
+                break
+        return Turn(start, end, False)
+
+    def _start(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, rendering: Rendering, at: int
+    ) -> int:
+        """Where the answer `messages[at]` starts: where the prompt that asks for it ends."""
+        if at > 0:
+            prompt = self._text(messages[:at], tools, add_generation_prompt=True)
+            if rendering.text.startswith(prompt):
+                return len(prompt)
+        else:
+            prompt = self._header
+        # The template writes the past differently once there is more of it (reasoning is dropped, tools move). The
+        # answer's header is still there: special tokens in it are the template's own, so it cannot be mistaken.
+        number = sum(message.get("role") == "assistant" for message in messages[:at])
+        total = sum(message.get("role") == "assistant" for message in messages)
+        for header in self._headers(prompt):
+            starts = [
+                found.end()
+                for found in re.finditer(re.escape(header), rendering.text)
+                if any(found.start() <= first and last <= found.end() for first, last, _ in rendering.specials)
+            ]
+            if len(starts) == total:
+                return starts[number]
+        raise UserError(
+            f"chat template: answer {number + 1} of {total} is written differently in the whole conversation than when "
+            "it is asked for, so it cannot be trained in place: set data.loss_on=last, or use another data.template"
+        )
+
+    def _headers(self, prompt: str) -> Iterator[str]:
+        """Texts that may stand right before an answer, the longest first; each holds a special token."""
+        candidates = [self._header, prompt]
+        for text in candidates:
+            specials = find_specials(self._special, self._special_ids, text)
+            if not specials:
+                continue
+            if text is self._header:
+                yield text
+                yield text[: specials[-1][1]]
+            yield text[specials[-1][0] :]
+
+    def _turn(self, messages: Sequence[Message], rendering: Rendering, at: int, start: int) -> Turn:
+        """The turn that starts at `start`, through its end-of-turn token."""
+        if at == len(messages) - 1 or self._closes_inner:
+            for _, last, token_id in rendering.specials:
+                if last > start and token_id in self.stop:
+                    return Turn(start, last, True)
+        # Nothing ends the answer: it is its content, without the space that templates put around.
+        content = messages[at].get("content") or ""
+        if not isinstance(content, str) or messages[at].get("tool_calls"):
+            raise UserError("chat template does not end its answers, and this one is no plain text")
+        for written in (content, content.strip()):
+            found = rendering.text.find(written, start)
+            if found >= 0 and not rendering.text[start:found].strip():
+                return Turn(start, found + len(written), False)
+        raise UserError("chat template changes an answer's text and does not end it: it cannot be trained")
+
+    def _probe(self) -> tuple[str, int | None, bool]:
+        """What stands before an answer, the special token after one (None: none), and whether inner answers have it."""
+        user, answer = {"role": "user", "content": "Zqa"}, {"role": "assistant", "content": "Zqb"}
+        asked, prompt = self._text([user], None), self._text([user], None, add_generation_prompt=True)
+        header = prompt[len(asked) :] if prompt.startswith(asked) else ""
+        last = self._text([user, answer], None).rpartition("Zqb")[2].lstrip()
+        inner = self._text([user, answer, user], None).rpartition("Zqb")[2].lstrip()
+        closing = self._special.match(last)
+        if closing is None:
+            return header, None, False
+        return header, self._special_ids[closing[0]], inner.startswith(closing[0])
+
+
+def find_specials(pattern: re.Pattern[str], ids: Mapping[str, int], text: str) -> list[Special]:
+    """Every special token that a text spells, in order."""
+    return [(found.start(), found.end(), ids[found[0]]) for found in pattern.finditer(text)]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a message tree, keys and roles aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _free_characters(text: str, count: int) -> list[str]:
+    """The first private-use characters that `text` does not hold."""
+    free: list[str] = []
+    for code in _MARKS:
+        if chr(code) not in text:
+            free.append(chr(code))
+        if len(free) == count:
+            return free
+    raise UserError("a message holds every private-use character: take them out of the data")
