@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainwright.errors import UserError
+from trainwright.recipe.parallel import ParallelRecipe
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Layout:
                 f"parallel.ep={self.ep} does not divide dp_shard x cp = {self.dp_shard * self.cp}: use a divisor"
             )
 
+    @classmethod
+    def of(cls, recipe: ParallelRecipe, world_size: int) -> Layout:
+        """The layout that a recipe asks of `world_size` processes."""
+        degrees = {name: getattr(recipe, name) for name in ("pp", "dp_replicate", "cp", "tp", "ep", "zero")}
+        return cls(world_size=world_size, **degrees)
+
     @property
     def dp_shard(self) -> int:
         """Data ranks that share shards: what the other axes leave."""
@@ -49,6 +56,16 @@ class Layout:
     def data_ranks(self) -> int:
         """Ranks that read different rows."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def row_copies(self) -> int:
+        """Processes that read the same rows."""
+        return self.pp * self.cp * self.tp
+
+    @property
+    def token_copies(self) -> int:
+        """Processes that see the same tokens' losses."""
+        return self.tp
 
     def accumulation(self, micro_batch_size: int, global_batch_size: int | None, steps: int | None) -> int:
         """Micro batches of one rank in one optimizer step.
