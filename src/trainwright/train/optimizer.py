@@ -1,0 +1,154 @@
+"""The optimizers: which one, over which parameters, with what decay; stepped and saved as one.
+
+Owns parameter groups and the choice of kernels. The learning rate comes from `schedule.py`, clipping and the check for
+NaN from `step.py`, files from `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainwright.errors import UserError
+
+# Not in torch: a kept library brings them.
+EXTRA = {"adamw8bit": "pip install 'trainwright[gpu]'", "lion": "pip install 'trainwright[gpu]'"}
+# Devices whose torch has fused AdamW and SGD kernels.
+FUSED_DEVICES = ("cuda", "cpu", "xpu", "mps", "mtia")
+AVAILABLE = ("adamw", "adafactor", "muon", "sgd")
+
+
+def check_optimizer(name: str) -> None:
+    """Raises UserError for an optimizer that cannot be built, before anything heavy has begun."""
+    if name not in AVAILABLE:
+        raise UserError(
+            f"train.optimizer={name} comes with an extra library ({EXTRA.get(name, 'none known')}) and is not wired in "
+            f"yet: use one of {', '.join(AVAILABLE)}"
+        )
+
+
+class Optimizers:
+    """One or several torch optimizers over disjoint parameters, used as one.
+
+    `guards_itself`: every part's kernel takes the gradient's scale and a flag "leave everything as it is" from the
+    device, so a step with NaN is refused without the host waiting to look.
+    """
+
+    def __init__(self, parts: list[Optimizer], names: Mapping[Tensor, str]) -> None:
+        self.parts = parts
+        self.names = names
+        self.guards_itself = all(group.get("fused") for part in parts for group in part.param_groups)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Everything that is trained, in a fixed order."""
+        return [tensor for part in self.parts for group in part.param_groups for tensor in group["params"]]
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The rate of the next step, in every group."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+
+    def step(self, coefficient: Tensor, bad: Tensor) -> None:
+        """One update with gradients times `coefficient`; both arguments are float32 scalars on the device.
+
+        Where `guards_itself`, `bad` = 1 leaves weights and states untouched. Elsewhere the caller has looked already.
+        """
+        if self.guards_itself:
+            for part in self.parts:
+                # What torch.amp.GradScaler hands to fused optimizers: gradients are divided by the first.
+                part.grad_scale, part.found_inf = coefficient.reciprocal(), bad  # type: ignore[attr-defined]
+        else:
+            grads = [tensor.grad for tensor in self.parameters if tensor.grad is not None]
+            torch._foreach_mul_(grads, coefficient)
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Frees the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The states by parameter name: "layers.0.mlp.up_proj.weight.exp_avg"."""
+        return {
+            f"{self.names[tensor]}.{key}": value
+            for part in self.parts
+            for tensor, state in part.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+    def create_states(self) -> None:
+        """Makes every state exist, so that a checkpoint has somewhere to go. Changes weights by nothing (rate 0)."""
+        self.set_learning_rate(0.0)
+        for tensor in self.parameters:
+            tensor.grad = torch.zeros_like(tensor)
+        device = self.parameters[0].device
+        self.step(torch.ones((), device=device), torch.zeros((), device=device))
+        self.zero_grad()
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    fused: bool | None = None,
+) -> Optimizers:
+    """The optimizer `name` over what `model` trains; weight decay on matrices, never on norms and biases.
+
+    `fused=None` takes the fused kernel where the device has one. Raises UserError for a name that is not built yet.
+    """
+    check_optimizer(name)
+    trained = {key: tensor for key, tensor in model.named_parameters() if tensor.requires_grad}
+    if not trained:
+        raise UserError("nothing is trained: model.frozen holds every parameter; free some, or add an adapter")
+    if fused is None:
+        fused = all(tensor.device.type in FUSED_DEVICES and tensor.is_floating_point() for tensor in trained.values())
+    adamw: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "fused": fused}
+    parts: list[Optimizer]
+    if name == "adamw":
+        parts = [torch.optim.AdamW(_groups(trained, weight_decay), **adamw)]
+    elif name == "sgd":
+        parts = [torch.optim.SGD(_groups(trained, weight_decay), lr=0.0, fused=fused)]
+    elif name == "adafactor":
+        parts = [torch.optim.Adafactor(_groups(trained, weight_decay), lr=0.0)]
+    else:
+        parts = _muon(trained, betas[0], weight_decay, adamw)
+    return Optimizers(parts, {tensor: key for key, tensor in trained.items()})
+
+
+def _groups(trained: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, which decay, and vectors, which do not."""
+    matrices = [tensor for tensor in trained.values() if tensor.ndim >= 2]
+    vectors = [tensor for tensor in trained.values() if tensor.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _muon(
+    trained: Mapping[str, Tensor], momentum: float, weight_decay: float, adamw: dict[str, Any]
+) -> list[Optimizer]:
+    """Muon (Jordan et al. 2024) on the matrices of the layers, AdamW on embeddings, head, experts, norms and biases.
+
+    Updates are scaled to AdamW's size (Liu et al. 2025, "Muon is scalable", section 2.2), so one learning rate serves
+    both.
+    """
+    inside = {key for key, tensor in trained.items() if key.startswith("layers.") and tensor.ndim == 2}
+    hidden = [trained[key] for key in trained if key in inside]
+    rest = {key: tensor for key, tensor in trained.items() if key not in inside}
+    parts: list[Optimizer] = []
+    if hidden:
+        options: dict[str, Any] = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
+        parts.append(torch.optim.Muon(hidden, lr=0.0, weight_decay=weight_decay, **options))
+    if rest:
+        parts.append(torch.optim.AdamW(_groups(rest, weight_decay), **adamw))
+    return parts

@@ -1,0 +1,186 @@
+"""One optimizer step: accumulate, normalise, clip, refuse NaN, update. The host waits for the device once.
+
+The loss is the sum of token cross entropies over all supervised tokens of the global batch, divided by their count over
+data ranks, sequence ranks and micro batches: never a mean of means. The count is known before the first backward pass,
+so every micro batch's gradient has its final scale at once.
+
+Owns that arithmetic and the loss scale of fp16. What happens after a refused step is `trainer.py`'s decision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trainwright.device import widest_float
+from trainwright.model.mask import document_offsets
+from trainwright.parallel.mesh import World
+from trainwright.train.optimizer import Optimizers
+
+IGNORED = -100  # a label that is not trained
+
+
+class Batch(Protocol):
+    """Rows of one micro batch, each tensor [B, S]; labels are shifted already."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. `finite` is False when it was refused: then nothing was updated."""
+
+    loss: float
+    grad_norm: float
+    supervised_tokens: int
+    tokens: int  # without padding
+    stop_asked: bool
+    finite: bool
+
+
+class LossScale:
+    """The factor that keeps small fp16 gradients from vanishing (Micikevicius et al. 2018, section 3.2).
+
+    Not torch.amp.GradScaler: that looks at one rank's gradients, and the refusal here follows the global norm, which
+    every layout has already.
+    """
+
+    def __init__(self, enabled: bool, value: float = 2.0**16, patience: int = 2000) -> None:
+        self.enabled = enabled
+        self.value = value if enabled else 1.0
+        self.patience = patience
+        self.good_steps = 0
+
+    def update(self, finite: bool) -> None:
+        """Halves after an overflow, doubles after `patience` steps without one."""
+        if not self.enabled:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps == self.patience:
+            self.value, self.good_steps = self.value * 2, 0
+
+    def state(self) -> dict[str, float]:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def restore(self, state: dict[str, float]) -> None:
+        if self.enabled and state:
+            self.value, self.good_steps = state["value"], int(state["good_steps"])
+
+
+class TrainStep:
+    """Turns the micro batches of one global batch into one update."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizers,
+        world: World,
+        *,
+        max_grad_norm: float,
+        loss_scale: LossScale,
+        compute: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model = model
+        self.optimizers = optimizers
+        self.world = world
+        self.max_grad_norm = max_grad_norm
+        self.loss_scale = loss_scale
+        self.compute = compute
+
+    def __call__(self, batches: Sequence[Batch], rate: float, stop_asked: bool = False) -> StepResult:
+        """One update at learning rate `rate`. Gradients are freed afterwards."""
+        counts = count_tokens(batches, stop_asked).to(self.world.device, widest_float(self.world.device))
+        counts = self.world.sum(counts)
+        loss_sum = self.world.sum(self._accumulate(batches, counts[0].clamp(min=1)))
+        norm = self._grad_norm() / self.loss_scale.value
+        bad = 1 - (loss_sum.isfinite() & norm.isfinite()).float()
+        report = torch.cat([counts, torch.stack([loss_sum, norm.to(counts.dtype), bad.to(counts.dtype)])])
+        self.optimizers.set_learning_rate(rate)
+        if self.optimizers.guards_itself:  # the update is queued before the host waits; the kernel refuses NaN itself
+            self.optimizers.step(self._coefficient(norm), bad)
+            supervised, tokens, stop, loss, grad_norm, refused = report.tolist()
+        else:
+            supervised, tokens, stop, loss, grad_norm, refused = report.tolist()
+            if not refused:
+                self.optimizers.step(self._coefficient(norm), bad)
+        self.optimizers.zero_grad()
+        return StepResult(
+            loss=loss / max(supervised, 1),
+            grad_norm=grad_norm,
+            supervised_tokens=int(supervised),
+            tokens=int(tokens),
+            stop_asked=stop > 0,
+            finite=not refused,
+        )
+
+    def _accumulate(self, batches: Sequence[Batch], count: Tensor) -> Tensor:
+        """Gradients of the whole loss; returns this rank's sum of token losses."""
+        total = torch.zeros((), dtype=count.dtype, device=self.world.device)
+        for batch in batches:
+            with self.compute():
+                loss_sum, loss = self.micro_batch_loss(batch, count)
+            (loss * self.loss_scale.value).backward()
+            total += loss_sum.detach()
+        return total
+
+    def micro_batch_loss(self, batch: Batch, count: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of token losses, this micro batch's share of the step's loss); the share has the auxiliary loss too.
+
+        The auxiliary loss of a mixture of experts is a mean already: it is weighted by the tokens it was taken over.
+        """
+        output = self.model(**to_inputs(batch, self.world.device))
+        loss = output.loss_sum + output.aux_loss * output.num_tokens
+        return output.loss_sum, loss / count.float()
+
+    def _grad_norm(self) -> Tensor:
+        """Global L2 norm of the gradients, still scaled, float32 [] on the device."""
+        grads = [tensor.grad for tensor in self.optimizers.parameters if tensor.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _coefficient(self, norm: Tensor) -> Tensor:
+        """What gradients are multiplied by: undoes the loss scale and clips by global norm (Pascanu et al. 2013)."""
+        clip = torch.ones_like(norm)
+        if self.max_grad_norm > 0:
+            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        return (clip / self.loss_scale.value).float()
+
+
+def to_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """What the model's forward takes, on the device, from a batch on the CPU.
+
+    What kernels need to know of the documents is found here, where asking does not wait for the device. Rows of one
+    whole document each need no document mask at all: plain causal attention is the fastest there is.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels, "position_ids": batch.position_ids}
+    documents = batch.document_ids
+    if bool((documents[:, 0] < 0).any()) or bool((documents != documents[:, :1]).any()):
+        offsets = document_offsets(documents)
+        inputs |= {"document_ids": documents, "cu_seqlens": offsets, "max_seqlen": int(offsets.diff().max())}
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in inputs.items()
+    }
+
+
+def count_tokens(batches: Sequence[Batch], stop_asked: bool = False) -> Tensor:
+    """[supervised tokens, tokens without padding, stop asked] of this rank in float64, on the CPU."""
+    supervised = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches)
+    return torch.tensor([supervised, tokens, float(stop_asked)], dtype=torch.float64)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
