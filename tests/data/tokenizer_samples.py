@@ -19,10 +19,11 @@ CORPUS = [
 
 # Pieces that random text rarely holds: marks of the formats themselves, code, runs of white space, joined emoji.
 PIECES = [
-    "Hello", " world", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "'s", "I'LL", "123", "4567", "你好", "，世界。", "苹果",
-    "😀", "👩‍👩‍👧", "é", "e\u0301", "ß", "ﬁ", "\u200b", "\u00a0", "\u3000", "▁", "def f(x):\n\treturn x", "{}", "[INST]",
-    "[/INST]", "<s>", "</s>", "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|endoftext|>", "<n>", "<|tab|>", "<unk>", "[gMASK]",
-    "USER:", "ASSISTANT:", "###", "<think>", "</think>", "�", "a", "A", "0", ".", "?", "!", "|", "<", ">",
+    "Hello", " world", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "'s", "I'LL", "123", "4567", "你好", "，世界。",
+    "苹果", "😀", "👩‍👩‍👧", "é", "e\u0301", "ß", "ﬁ", "\u200b", "\u00a0", "\u3000", "▁", "def f(x):\n\treturn x", "{}",
+    "[INST]", "[/INST]", "<s>", "</s>", "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|endoftext|>",
+    "<n>", "<|tab|>", "<unk>",
+    "[gMASK]", "USER:", "ASSISTANT:", "###", "<think>", "</think>", "�", "a", "A", "0", ".", "?", "!", "|", "<", ">",
 ]  # fmt: skip
 
 texts = st.lists(
@@ -32,8 +33,9 @@ texts = st.lists(
 SPECIALS = (
     "<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>",
     "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[gMASK]", "<sop>", "<eop>", "sop", "<reserved_102>",
-    "<reserved_103>", "<reserved_106>", "<reserved_107>", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<|end|>",
-    "<|user|>", "<|assistant|>", "<|system|>", "<｜User｜>", "<｜Assistant｜>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]",
+    "<reserved_103>", "<reserved_106>", "<reserved_107>", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>",
+    "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<｜User｜>", "<｜Assistant｜>", "[INST]", "[/INST]",
+    "[AVAILABLE_TOOLS]",
 )  # fmt: skip
 
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

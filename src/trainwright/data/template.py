@@ -93,7 +93,7 @@ class Template:
         finder = self._finder_for(tools)
         rendering = finder.render(messages, tools)
         ids, offsets = self._tokenize(rendering)
-        turns = finder.answers(messages, tools, rendering, last_only=loss_on == "last")
+        turns = finder.answers(messages, tools, rendering, last_only=loss_on != "assistant")
         if not turns and loss_on != "all":
             raise UserError("conversation has no assistant message: nothing would be trained")
         trained = [loss_on == "all"] * len(ids)
@@ -125,7 +125,7 @@ class Template:
         if at == len(ids):
             ids.append(eos)
             trained.append(True)
-        elif loss_on != "all":
+        elif loss_on == "assistant":
             stops.append(at)
 
     def _finder_for(self, tools: Sequence[Mapping[str, Any]] | None) -> TurnFinder:
