@@ -1,0 +1,306 @@
+"""Models from and to Hugging Face folders: config.json and safetensors, read and written shard by shard.
+
+Owns the copying between published tensors and ours. Never holds a second copy of the model: at most the tensors of one
+`Weight` (a fused projection, one layer's experts) on load, one shard on save. Names and layouts are the family's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainwright.errors import UserError
+from trainwright.model import families, folder
+from trainwright.model.config import ModelConfig, map_linears
+from trainwright.model.families.family import Family
+from trainwright.model.init import copy_whole
+from trainwright.model.shapes import parameter_shapes
+from trainwright.model.transformer import Transformer
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "module.")
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any], family: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """The tree of a model: from a dict of config.json's keys, a config.json, a folder, a hub id or a named model.
+
+    `overrides` change keys of config.json before it is read. UserError names the file, the value and the fix.
+    """
+    given = source if isinstance(source, Mapping) else _find_config(source)
+    keys = {**given, **(overrides or {})}
+    name = family or keys.pop("trainwright_family", None) or families.detect(keys)
+    keys.pop("trainwright_family", None)
+    try:
+        return families.get(name).from_hf(keys)
+    except KeyError as error:
+        raise UserError(f"config.json has no {error}, which the family {name} needs") from error
+
+
+def _find_config(source: str | Path) -> Mapping[str, Any]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return folder.read_json(path)
+    return folder.read_json(folder.resolve(source) / "config.json")
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    family: str | None = None,
+) -> Transformer:
+    """A Transformer with the weights of a folder or hub id, in evaluation mode.
+
+    dtype None keeps the file's; device None is the CPU. Raises UserError for a folder that is not whole.
+    """
+    where = folder.resolve(path)
+    config = load_config(where, family)
+    stored = folder.stored_tensors(where)
+    folder.match(families.get(config.family), config, stored)
+    folder.check_tokenizer(where, config)
+    dtype = dtype or _DTYPES.get(next(iter(stored.values())).dtype, torch.float32)
+    model = materialize(config, dtype=dtype, device=device or "cpu")
+    load_weights(model, where)
+    return model.eval()
+
+
+def materialize(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """The modules with memory that holds no numbers yet."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    model.reset_buffers(torch.device(device))
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fills a model that is already built, whole, a pipeline stage, or sharded (DTensor): each rank copies its part.
+
+    A module that keeps its weight in another form (fewer bits) has `take_weight(whole: Tensor)` and is given it.
+    """
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    family = families.get(config.family)
+    stored = folder.stored_tensors(folder.resolve(path))
+    shapes = parameter_shapes(config)
+    targets = _targets(model, config)
+    pairs = folder.match(family, config, stored)
+    pairs.sort(key=lambda pair: str(stored[pair[1][0]].file))
+    with _Reader(stored) as read:
+        for weight, names in pairs:
+            if not any(targets.get(name) for name in weight.ours):
+                continue
+            ours = weight.to_ours([read(name) for name in names], [shapes[name] for name in weight.ours])
+            for name, tensor in zip(weight.ours, ours, strict=True):
+                for take in targets.get(name, ()):
+                    take(tensor)
+
+
+def _targets(model: nn.Module, config: ModelConfig) -> dict[str, list[Callable[[Tensor], None]]]:
+    """Our weight name -> what takes its whole tensor. A tied head that lives alone (last stage) takes the table too."""
+    found: dict[str, list[Callable[[Tensor], None]]] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if hasattr(module, "take_weight"):
+            found.setdefault(clean_name(f"{path}.weight"), []).append(module.take_weight)
+        for name, parameter in module.named_parameters(recurse=False):
+            ours = clean_name(f"{path}.{name}")
+            if id(parameter) in seen or (hasattr(module, "take_weight") and name == "weight"):
+                continue
+            seen.add(id(parameter))
+            if ours == "lm_head.weight" and config.lm_head.tied:
+                ours = "embed_tokens.weight"
+            found.setdefault(ours, []).append(partial(copy_whole, parameter))
+    return found
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what wrappers (compile, recompute) put in it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+class _Reader:
+    """Reads tensors by name, with one file open at a time."""
+
+    def __init__(self, stored: Mapping[str, folder.Stored]) -> None:
+        self._stored = stored
+        self._file: Path | None = None
+        self._open: Any = None
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+
+    def __call__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        file = self._stored[name].file
+        if file != self._file:
+            self.__exit__()
+            self._file, self._open = file, safe_open(str(file), "pt").__enter__()
+        return self._open.get_tensor(name)
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None, shard_gib: float = 5, write: bool = True
+) -> None:
+    """Writes the model as its family publishes it: config.json, safetensors, an index where there are several.
+
+    dtype None keeps the weights'. Sharded parameters are gathered one at a time, so every rank calls this, and all but
+    one with write=False. Files are complete or absent: written beside, synced, renamed.
+    """
+    held = {clean_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    given = {clean_name(n): m.give_weight for n, m in model.named_modules() if hasattr(m, "give_weight")}
+
+    def whole(name: str) -> Tensor:
+        module = name.rsplit(".", 1)[0]
+        if name.endswith(".weight") and module in given:
+            return given[module]()
+        tensor = held[name].detach()
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    write_weights(config, whole, path, dtype=dtype, shard_gib=shard_gib, write=write)
+
+
+def write_weights(
+    config: ModelConfig,
+    whole: Callable[[str], Tensor],
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_gib: float = 5,
+    write: bool = True,
+) -> None:
+    """`save_model` for weights that come from anywhere: `whole(name)` gives each of ours, asked for once, in order."""
+    config = map_linears(config, lambda _, linear: _plain(linear))
+    family = families.get(config.family)
+    if not write:
+        for _ in _published(family, config, whole, dtype):
+            pass
+        return
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    saved = _write_shards(_published(family, config, whole, dtype), beside, int(shard_gib * 2**30))
+    keys = {**spelled_config(config), **_dtype_key(config, saved)}
+    _write_json(beside / "config.json", keys)
+    _move(beside, target)
+
+
+def spelled_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of this model: word for word what it came from where that still says the same."""
+    family = families.get(config.family)
+    if config.source and family.from_hf(config.source) == config:
+        return dict(config.source)
+    return {**config.source, **family.to_hf(config)}
+
+
+def _plain(linear: Any) -> Any:
+    return replace(linear, adapter=None, quantization=None)
+
+
+def _dtype_key(config: ModelConfig, saved: torch.dtype) -> dict[str, str]:
+    key = "dtype" if "dtype" in config.source else "torch_dtype"
+    spelled = str(saved).removeprefix("torch.")
+    return {} if not config.source.get(key) and saved == torch.float32 else {key: spelled}
+
+
+def _published(
+    family: Family, config: ModelConfig, whole: Callable[[str], Tensor], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    last = torch.float32
+    for weight in family.weights(config):
+        ours = [whole(name) for name in weight.ours]
+        last = dtype or ours[0].dtype
+        theirs = weight.to_theirs([tensor.to(device="cpu", dtype=last) for tensor in ours])
+        yield from ((family.prefixes[0] + name, tensor) for name, tensor in zip(weight.theirs, theirs, strict=True))
+    for name, make in family.constants(config).items():
+        yield name, make().to(last)
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], target: Path, limit: int) -> torch.dtype:
+    """Fills files up to `limit` bytes; -> the dtype of the first tensor. Names need the number of files, so they come
+    last."""
+    from safetensors.torch import save_file
+
+    shards: list[tuple[Path, list[str]]] = []
+    batch: dict[str, Tensor] = {}
+    size = total = 0
+    dtype: torch.dtype | None = None
+
+    def flush() -> None:
+        nonlocal batch, size
+        file = target / f"{len(shards)}.part"
+        save_file(batch, str(file), metadata={"format": "pt"})
+        shards.append((file, list(batch)))
+        batch, size = {}, 0
+
+    for name, tensor in tensors:
+        dtype = dtype or tensor.dtype
+        if batch and size + tensor.nbytes > limit:
+            flush()
+        batch[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    index: dict[str, str] = {}
+    for number, (file, names) in enumerate(shards, 1):
+        name = folder.SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file.rename(target / name)
+        _sync(target / name)
+        index |= dict.fromkeys(names, name)
+    if len(shards) > 1:
+        table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        _write_json(target / folder.INDEX, table)
+    return dtype or torch.float32
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(file)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move(beside: Path, target: Path) -> None:
+    """Renames the finished folder; into a folder that exists, file by file, and old weights that remain are removed."""
+    if not target.exists():
+        beside.rename(target)
+    else:
+        names = {file.name for file in beside.iterdir()}
+        for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, target / file.name)
+        for old in [*target.glob("model*.safetensors"), target / folder.INDEX]:
+            if old.name not in names:
+                old.unlink(missing_ok=True)
+        beside.rmdir()
+    _sync(target.parent)

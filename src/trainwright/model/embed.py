@@ -1,0 +1,28 @@
+"""The head: logits, or the loss of labels without all logits. Token and position tables are torch's own embeddings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainwright.model.config import HeadConfig
+from trainwright.model.kernels.cross_entropy import linear_cross_entropy
+
+
+class Head(nn.Module):
+    """x W^T + b. A tied head holds the token table itself; a normalised one divides W's rows by their L2 norm."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.normalized = config.normalized
+        self.weight = nn.Parameter(torch.empty(config.out_features, config.in_features))
+        self.bias = nn.Parameter(torch.zeros(config.out_features)) if config.bias else None
+
+    def forward(self, x_BSH: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V] in x's dtype; with labels the float32 sum of cross entropies over labels != -100."""
+        weight = F.normalize(self.weight, dim=-1, eps=1e-12) if self.normalized else self.weight
+        if labels_BS is None:
+            return F.linear(x_BSH, weight, self.bias)
+        weight = weight.to(x_BSH.dtype)
+        return linear_cross_entropy(x_BSH, weight, labels_BS, self.bias)

@@ -1,0 +1,23 @@
+"""The dense MLP, gated or plain."""
+
+from torch import Tensor, nn
+
+from trainwright.model.config import MlpConfig
+from trainwright.model.kernels.activation import activate, gated
+from trainwright.model.linear import build_linear
+
+
+class Mlp(nn.Module):
+    """down(act(gate x) * up x), or down(act(up x)) without a gate. [..., H] -> [..., H]."""
+
+    def __init__(self, config: MlpConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gate_proj = build_linear(config.gate_proj) if config.gate_proj else None
+        self.up_proj = build_linear(config.up_proj)
+        self.down_proj = build_linear(config.down_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(activate(self.activation, self.up_proj(x)))
+        return self.down_proj(gated(self.activation, self.gate_proj(x), self.up_proj(x)))

@@ -1,0 +1,20 @@
+"""One signature per operation, several backends. A backend is chosen from device, dtype and mask, never by a flag day.
+
+`attention`, `linear_cross_entropy`, `rms_norm`, `layer_norm`, `gated`, `grouped_linear` live in their own files.
+"""
+
+
+def chosen_backends() -> dict[str, str]:
+    """Operation -> the backend that this machine takes for bf16 training, for `trainwright doctor`."""
+    import torch
+
+    from trainwright.model.kernels.attention import describe as attention
+    from trainwright.model.kernels.grouped import describe as experts
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return {
+        "attention": attention(device),
+        "cross entropy": "chunked, logits never held whole",
+        "norm": "torch fused" if device.type == "cuda" else "own backward",
+        "experts": experts(device),
+    }

@@ -1,0 +1,141 @@
+"""Cross entropy of a linear head, summed over tokens, without ever holding all logits.
+
+Owns the head's matmul in training. Per chunk of tokens it makes logits in float32, adds their loss and turns them into
+gradients at once, so memory holds one chunk of logits and the backward pass is a multiplication. Arithmetic is that of
+matmul + log softmax + negative log likelihood; the sum and the weight gradient accumulate in float32.
+Splitting the vocabulary over ranks is parallel/'s work: it passes `vocab_offset` and the two reductions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+_CHUNK_BYTES = {"cpu": 96 << 20}
+_DEFAULT_CHUNK_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's slice of the vocabulary begins at `offset`; the callables reduce in place over all slices."""
+
+    offset: int
+    reduce_max: Callable[[Tensor], Any]
+    reduce_sum: Callable[[Tensor], Any]
+
+
+def linear_cross_entropy_plain(x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The reference: all logits at once."""
+    logits = F.linear(x, weight, bias).float().flatten(0, -2)
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def chunk_rows(rows: int, vocab: int, device_type: str) -> int:
+    """Tokens a chunk, so that its float32 logits stay near a fixed size."""
+    budget = _CHUNK_BYTES.get(device_type, _DEFAULT_CHUNK_BYTES)
+    chunks = max(1, -(-rows * vocab * 4 // budget))
+    return -(-rows // chunks)
+
+
+def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a float32 result; the matrix unit accumulates in float32 anyway, so nothing is rounded between."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def _probabilities(logits_MV: Tensor, labels_M: Tensor, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
+    """(softmax in place of the logits, loss [M]); labels outside this slice of the vocabulary are < 0."""
+    if shard is None:
+        logits_MV = F.log_softmax(logits_MV, -1)
+        loss_M = -logits_MV.gather(1, labels_M.clamp(min=0)[:, None]).squeeze(1)
+        return logits_MV.exp_(), loss_M
+    highest_M1 = logits_MV.amax(-1, keepdim=True)
+    shard.reduce_max(highest_M1)
+    logits_MV.sub_(highest_M1)
+    target_M = logits_MV.gather(1, labels_M.clamp(min=0)[:, None]).squeeze(1).masked_fill(labels_M < 0, 0.0)
+    total_M1 = logits_MV.exp_().sum(-1, keepdim=True)
+    shard.reduce_sum(total_M1)
+    shard.reduce_sum(target_M)
+    return logits_MV.div_(total_M1), total_M1.log().squeeze(1) - target_M
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_M: Tensor, shard: VocabShard | None
+    ) -> Tensor:
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        supervised_M = labels_M != IGNORE
+        local_M = labels_M - (shard.offset if shard else 0)
+        local_M = torch.where(supervised_M & (local_M >= 0) & (local_M < weight_VH.shape[0]), local_M, -1)
+        loss = torch.zeros((), dtype=torch.float32, device=x_MH.device)
+        grad_x = torch.empty_like(x_MH) if need_x else None
+        grad_w = torch.zeros_like(weight_VH, dtype=torch.float32) if need_w else None
+        grad_b = torch.zeros(weight_VH.shape[0], dtype=torch.float32, device=x_MH.device) if need_b else None
+        rows = chunk_rows(x_MH.shape[0], weight_VH.shape[0], x_MH.device.type)
+        for begin in range(0, x_MH.shape[0], rows):
+            part = slice(begin, begin + rows)
+            x, kept, label = x_MH[part], supervised_M[part], local_M[part]
+            logits = _matmul_float32(x, weight_VH.t())
+            logits = logits.add_(bias_V) if bias_V is not None else logits
+            probabilities, loss_M = _probabilities(logits, label, shard)
+            loss += loss_M.masked_fill_(~kept, 0.0).sum()
+            if not (need_x or need_w or need_b):
+                continue
+            probabilities.scatter_add_(1, label.clamp(min=0)[:, None], -(label >= 0).float()[:, None])
+            probabilities.mul_(kept[:, None])
+            if grad_b is not None:
+                grad_b += probabilities.sum(0)
+            grad = probabilities.to(x.dtype)
+            if grad_x is not None:
+                torch.mm(grad, weight_VH, out=grad_x[part])
+            if grad_w is not None:
+                _add_product(grad_w, grad.t(), x)
+        ctx.dtypes = weight_VH.dtype, bias_V.dtype if bias_V is not None else None
+        ctx.save_for_backward(grad_x, grad_w, grad_b)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        grad_x, grad_w, grad_b = ctx.saved_tensors
+        factor = grads[0]
+        return (
+            None if grad_x is None else (grad_x * factor).to(grad_x.dtype),
+            None if grad_w is None else (grad_w * factor).to(ctx.dtypes[0]),
+            None if grad_b is None else (grad_b * factor).to(ctx.dtypes[1]),
+            None,
+            None,
+        )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in float32."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        total += _matmul_float32(a, b)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None, shard: VocabShard | None = None
+) -> Tensor:
+    """Sum over labels != -100 of -log softmax(x W^T + b)[label], a float32 scalar.
+
+    x [..., H], labels [...] int64, already shifted. Gradients flow to x, W and b, each only if it needs one.
+    """
+    x_MH, labels_M = x.flatten(0, -2), labels.flatten()
+    if x.device.type == "cpu" and shard is None and not torch.compiler.is_compiling():
+        # Asking how many tokens are supervised costs nothing here and saves the head's work on the others.
+        kept = (labels_M != IGNORE).nonzero().flatten()
+        if kept.numel() < labels_M.numel():
+            x_MH, labels_M = x_MH[kept], labels_M[kept]
+    return _LinearCrossEntropy.apply(x_MH, weight_VH, bias_V, labels_M, shard)

@@ -1,0 +1,93 @@
+"""Mixture of experts: a router, experts whose weights are stacked, nothing dropped.
+
+Owns routing and the load-balancing loss. Spreading the experts over ranks is parallel/'s work: it wraps `experts`,
+which takes rows sorted by expert with their counts and gives rows back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainwright.model.config import ExpertsConfig, MoeConfig
+from trainwright.model.kernels.activation import activate, gated
+from trainwright.model.kernels.grouped import grouped_linear
+from trainwright.model.linear import build_linear
+
+
+class StackedLinear(nn.Module):
+    """E bias-free linear layers, weight [E, O, I]."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+
+    def forward(self, x_MI: Tensor, counts_E: Tensor) -> Tensor:
+        return grouped_linear(x_MI, self.weight, counts_E)
+
+
+class Experts(nn.Module):
+    """Rows sorted by expert and how many each has -> rows. [M, H], [E] -> [M, H]."""
+
+    def __init__(self, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+
+        def stacked(size: tuple[int, int]) -> StackedLinear:
+            return StackedLinear(config.num_experts, *size)
+
+        up, down = config.up_proj, config.down_proj
+        self.gate_proj = stacked((up.in_features, up.out_features)) if config.gate_proj else None
+        self.up_proj = stacked((up.in_features, up.out_features))
+        self.down_proj = stacked((down.in_features, down.out_features))
+
+    def forward(self, x_MH: Tensor, counts_E: Tensor) -> Tensor:
+        up_MI = self.up_proj(x_MH, counts_E)
+        if self.gate_proj is None:
+            return self.down_proj(activate(self.activation, up_MI), counts_E)
+        return self.down_proj(gated(self.activation, self.gate_proj(x_MH, counts_E), up_MI), counts_E)
+
+
+class Moe(nn.Module):
+    """Softmax over all experts in float32, top k, weighted sum of the chosen experts' outputs."""
+
+    def __init__(self, config: MoeConfig) -> None:
+        super().__init__()
+        self.top_k = config.top_k
+        self.norm_topk = config.norm_topk
+        self.gate = build_linear(config.gate)
+        self.experts = Experts(config.experts)
+
+    def forward(self, x_BSH: Tensor, real_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-> (output [B, S, H], router statistics [2, E]: sum of probabilities, choices; pads left out of both)."""
+        x_MH = x_BSH.flatten(0, -2)
+        probabilities_ME = self.gate(x_MH).float().softmax(-1)
+        weights_MC, chosen_MC = probabilities_ME.topk(self.top_k, dim=-1)
+        real_M1 = torch.ones_like(weights_MC[:, :1]) if real_BS is None else real_BS.flatten()[:, None].float()
+        choices_E = torch.zeros_like(probabilities_ME[0]).index_add(
+            0, chosen_MC.flatten(), real_M1.expand_as(weights_MC).flatten()
+        )
+        statistics_2E = torch.stack([(probabilities_ME * real_M1).sum(0), choices_E])
+        if self.norm_topk:
+            weights_MC = weights_MC / weights_MC.sum(-1, keepdim=True)
+        return self._mix(x_MH, weights_MC, chosen_MC, probabilities_ME.shape[1]).view_as(x_BSH), statistics_2E
+
+    def _mix(self, x_MH: Tensor, weights_MC: Tensor, chosen_MC: Tensor, num_experts: int) -> Tensor:
+        expert_R, order_R = chosen_MC.flatten().sort(stable=True)
+        counts_E = torch.zeros(num_experts, dtype=torch.int64, device=x_MH.device)
+        counts_E.scatter_add_(0, expert_R, torch.ones_like(expert_R))
+        token_R = order_R // self.top_k
+        out_RH = self.experts(x_MH[token_R], counts_E)
+        out_RH = out_RH * weights_MC.flatten()[order_R].to(out_RH.dtype)[:, None]
+        return torch.zeros_like(x_MH, dtype=out_RH.dtype).index_add(0, token_R, out_RH)
+
+
+def load_balancing_loss(statistics: list[Tensor], top_k: int) -> Tensor:
+    """E x sum over experts of (share of choices x mean probability), over all sparse layers at once, float32 scalar.
+
+    Fedus et al. 2021, equation 4, with k choices a token, the layers' tokens concatenated (what Mixtral's and
+    Qwen3-MoE's published code computes). 1 x k when the load is even.
+    """
+    probabilities_E, choices_E = torch.stack(statistics).sum(0)
+    tokens = (choices_E.sum() / top_k).clamp(min=1)
+    return choices_E.numel() * ((choices_E / tokens) * (probabilities_E / tokens)).sum()
