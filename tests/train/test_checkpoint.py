@@ -263,7 +263,8 @@ RANKS = textwrap.dedent("""
     make = lambda t, p: t.clone() if p is None else spread(t, *p)
     checkpoints = Checkpoints(folder, world)
     if mode == "save":
-        checkpoints.save(5, {n: make(t, placed[n]) for n, t in whole.items()}, {"world": world.size}, get_rng_state(world.device))
+        tensors = {n: make(t, placed[n]) for n, t in whole.items()}
+        checkpoints.save(5, tensors, {"world": world.size}, get_rng_state(world.device))
     elif mode == "load":
         target = {n: make(torch.zeros_like(t), placed[n]) for n, t in whole.items()}
         checkpoints.load(checkpoints.find(), target)

@@ -38,9 +38,9 @@ def parallelize(
     """
     apply_recompute(model, recompute)
     if compile_layers:
-        for layer in model.layers.values():  # type: ignore[operator,union-attr]
+        for layer in model.layers.values():  # type: ignore[operator]
             layer.compile()
-    if world.mesh is not None:
+    if world.size > 1:
         shard(model, world, precision)
         return nullcontext
     if precision == "fp32":
@@ -50,13 +50,12 @@ def parallelize(
 
 def shard(model: nn.Module, world: World, precision: Precision) -> None:
     """ZeRO-3 (weights gathered for each use) or ZeRO-2 (kept until the step's end) with FSDP2, layer by layer."""
-    assert world.mesh is not None
-    mesh = world.mesh if world.layout.dp_replicate > 1 else world.mesh["dp_shard"]
+    mesh = world.fsdp_mesh()
     policy = MixedPrecisionPolicy(
         param_dtype=None if precision == "fp32" else DTYPES[precision], reduce_dtype=torch.float32
     )
     keep = world.layout.zero == 2
-    for layer in model.layers.values():  # type: ignore[operator,union-attr]
+    for layer in model.layers.values():  # type: ignore[operator]
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():

@@ -41,7 +41,7 @@ def apply_recompute(model: nn.Module, mode: Literal["none", "selective", "full"]
     extra: dict[str, Any] = {}
     if mode == "selective":
         extra["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for layer in model.layers.values():  # type: ignore[operator,union-attr]
+    for layer in model.layers.values():  # type: ignore[operator]
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=True, **extra)
 
 

@@ -1,8 +1,8 @@
 """Tensors of any layout in safetensors files, found again through a JSON index: written on n ranks, read on m.
 
-Every rank holds pieces (chunks) of some tensors: a DTensor's local shard, or a whole plain tensor. A chunk is a box with
-offsets and sizes inside its tensor. Writing stores every box once, wherever it was replicated; reading takes from the
-stored boxes what overlaps the box that a rank needs now. No file is a pickle (torch's own format keeps one, .metadata).
+Every rank holds pieces (chunks) of some tensors: a DTensor's local shard, or a whole plain tensor. A chunk is a box
+with offsets and sizes inside its tensor. Writing stores every box once, wherever it was replicated; reading takes from
+the stored boxes what overlaps the box that a rank needs now. No file is a pickle (torch's own format keeps one).
 
 Owns boxes, files and the index. When a set of files counts as a checkpoint is `checkpoint.py`'s decision.
 """

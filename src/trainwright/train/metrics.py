@@ -1,9 +1,9 @@
 """metrics.jsonl: one line a step, and the arithmetic of its figures.
 
 Columns, all from one convention (docs: figures): `tokens` and `supervised_tokens` count from the start of the run,
-without padding; `samples_per_second` counts rows of all GPUs; `tflops`, `mfu` and `hfu` are of one GPU, with model FLOPs
-after PaLM (6N + 12Lhs, frozen weights without their weight gradient), mfu over the card's dense peak, null where that
-is not known; hfu adds what is computed again. `data_wait_seconds` is what the step waited for its rows.
+without padding; `samples_per_second` counts rows of all GPUs; `tflops`, `mfu` and `hfu` are of one GPU, with model
+FLOPs after PaLM (6N + 12Lhs, frozen weights without their weight gradient), mfu over the card's dense peak, null where
+that is not known; hfu adds what is computed again. `data_wait_seconds` is what the step waited for its rows.
 
 Owns the file and the figures. Trackers get the same dictionary in `trackers.py`.
 """

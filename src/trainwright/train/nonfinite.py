@@ -34,7 +34,7 @@ def find_nonfinite(model: nn.Module, batches: Sequence[Any], loss_of: Callable[[
     first: Finding | None = None
     with _uncompiled():
         for number, batch in enumerate(batches):
-            found = _search(model, lambda batch=batch: loss_of(batch), number, batch)
+            found = _search(model, loss_of, number, batch)
             if found and first and found.where == first.where:
                 first.rows += found.rows
             first = first or found
@@ -42,11 +42,11 @@ def find_nonfinite(model: nn.Module, batches: Sequence[Any], loss_of: Callable[[
     return first
 
 
-def _search(model: nn.Module, run: Callable[[], Tensor], number: int, batch: Any) -> Finding | None:
+def _search(model: nn.Module, loss_of: Callable[[Any], Tensor], number: int, batch: Any) -> Finding | None:
     """The first fault in one micro batch: forward, loss, backward, weight gradients, in that order."""
     watch = _Watch(number, rows=batch.input_ids.shape[0])
     with watch.on(model):
-        loss = run()
+        loss = loss_of(batch)
         if watch.found:
             return watch.found
         if not bool(loss.isfinite()):

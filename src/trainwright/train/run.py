@@ -6,6 +6,7 @@ Owns its names, what may be written over, recipe.yaml and environment.json. The 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -97,8 +98,8 @@ def check_folder(recipe: Recipe, resume: bool) -> RunFolder:
 
 
 OURS = {
-    "recipe.yaml", "environment.json", "metrics.jsonl", "evaluation.jsonl", "answers.json", "checkpoints", "tensorboard",
-    "swanlab", "wandb", "log.txt",
+    "recipe.yaml", "environment.json", "metrics.jsonl", "evaluation.jsonl", "answers.json", "checkpoints",
+    "tensorboard", "swanlab", "wandb", "log.txt",
 }  # fmt: skip
 
 
@@ -138,10 +139,8 @@ def write_environment(folder: RunFolder, recipe: Recipe, **more: Any) -> str:
     path = folder.path / "environment.json"
     run_id = uuid.uuid4().hex[:8]
     if path.exists():
-        try:
+        with contextlib.suppress(ValueError, KeyError):
             run_id = json.loads(path.read_text(encoding="utf-8"))["run_id"]
-        except (ValueError, KeyError):
-            pass
     environment = {
         "run_id": run_id,
         "trainwright": __version__,

@@ -1,6 +1,6 @@
 """The learning rate at every step: a stateless function, so resuming needs the step number and nothing else.
 
-Owns the shapes (cosine, linear, constant, wsd) and their arithmetic. Setting the rate on an optimizer is `optimizer.py`.
+Owns the shapes (cosine, linear, constant, wsd) and their arithmetic. Setting the rate is `optimizer.py`'s.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from trainwright.errors import UserError
 class Schedule:
     """Warmup, then one of four shapes, over `total` optimizer steps.
 
-    Step i counts from 0. The warmup rises as (i + 1) / warmup, so no step has rate zero. The decay is at its peak at the
-    first step after the warmup and would reach `minimum` at step `total`, the one after the last, as in Megatron-LM and
-    transformers: no step is spent at the end of a decay to zero.
+    Step i counts from 0. The warmup rises as (i + 1) / warmup, so no step has rate zero. The decay is at its peak at
+    the first step after the warmup and would reach `minimum` at step `total`, the one after the last, as in Megatron-LM
+    and transformers: no step is spent at the end of a decay to zero.
     """
 
     kind: Literal["cosine", "linear", "constant", "wsd"]

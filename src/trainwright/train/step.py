@@ -101,8 +101,9 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch], rate: float, stop_asked: bool = False) -> StepResult:
         """One update at learning rate `rate`. Gradients are freed afterwards."""
         counts = count_tokens(batches, stop_asked).to(self.world.device, widest_float(self.world.device))
-        counts = self.world.sum(counts)
-        loss_sum = self.world.sum(self._accumulate(batches, counts[0].clamp(min=1)))
+        layout = self.world.layout
+        counts = self.world.sum(counts, copies=layout.row_copies)
+        loss_sum = self.world.sum(self._accumulate(batches, counts[0].clamp(min=1)), copies=layout.token_copies)
         norm = self._grad_norm() / self.loss_scale.value
         bad = 1 - (loss_sum.isfinite() & norm.isfinite()).float()
         report = torch.cat([counts, torch.stack([loss_sum, norm.to(counts.dtype), bad.to(counts.dtype)])])
@@ -169,8 +170,7 @@ def to_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
         offsets = document_offsets(documents)
         inputs |= {"document_ids": documents, "cu_seqlens": offsets, "max_seqlen": int(offsets.diff().max())}
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in inputs.items()
+        key: item.to(device, non_blocking=True) if isinstance(item, Tensor) else item for key, item in inputs.items()
     }
 
 
