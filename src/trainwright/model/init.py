@@ -11,9 +11,10 @@ from trainwright.model.norm import Norm
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, std: float, num_layers: int, seed: int) -> None:
+def init_weights(model: nn.Module, std: float, num_layers: int, seed: int, tied: bool = False) -> None:
     """Normal weights, those that write to the stream smaller by sqrt(2 L) (Radford et al. 2019, section 2.3), biases
-    zero, norms one. Each tensor's numbers depend on `seed` and its own name only, so any layout starts alike.
+    zero, norms one. Each tensor's numbers depend on `seed` and its own name only, so any layout starts alike; a tied
+    head is the token table, also in a pipeline stage that holds it alone.
     """
     depth = (2 * max(1, num_layers)) ** -0.5
     for path, module in model.named_modules():
@@ -22,7 +23,8 @@ def init_weights(model: nn.Module, std: float, num_layers: int, seed: int) -> No
                 parameter.fill_(1.0 if name == "weight" else 0.0)
             elif name == "weight":
                 small = path.endswith(("o_proj", "down_proj"))
-                draw_normal(parameter, std * depth if small else std, f"{seed}/{path}.{name}")
+                whose = "embed_tokens" if tied and path == "lm_head" else path
+                draw_normal(parameter, std * depth if small else std, f"{seed}/{whose}.{name}")
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ class Transformer(nn.Module):
 
     def init_weights(self, seed: int = 0) -> Transformer:
         """Random weights, the same numbers in any layout (init.py)."""
-        init_weights(self, self.config.initializer_range, self.config.num_layers, seed)
+        init_weights(self, self.config.initializer_range, self.config.num_layers, seed, self.config.lm_head.tied)
         self.reset_buffers()
         return self
 
@@ -156,7 +156,9 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         logits_to_keep: int = 0,
-    ) -> Tensor | LossOutput:
+        index_S: Tensor | None = None,
+        router_statistics: Tensor | None = None,
+    ) -> Tensor | LossOutput | tuple[Tensor, Tensor]:
         """Logits [B, S, V], or a LossOutput when `labels` [B, S] (already shifted, -100 = not trained) are given.
 
         input_ids: [B, S] int64, or the stream [B, S, H] where the embedding is another stage's.
@@ -165,24 +167,29 @@ class Transformer(nn.Module):
         position_ids: [B, S] ([B, 2, S] for ChatGLM-6B), else made from documents or mask, with the same rule.
         prefix_mask: [B, T] bool, true in a prompt that all see (GLM), else found from the tokens.
         logits_to_keep: only the last so many positions' logits.
+        index_S: where `input_ids` and `labels` stand in their rows, when they are a part of them (sequence parallel);
+        then position_ids (needed), document_ids and prefix_mask are those of whole rows.
+        router_statistics: [2, E], those of earlier pipeline stages; a stage without head returns (stream, statistics).
         """
         ids = document_ids if document_ids is not None else _padding_as_documents(attention_mask)
         held = cache.length if cache is not None else 0
         S = input_ids.shape[1]
-        seen = self._visibility(input_ids, ids, prefix_mask, held, cu_seqlens, max_seqlen)
+        length = S if index_S is None or position_ids is None else position_ids.shape[-1]
+        seen = self._visibility(input_ids, length, ids, prefix_mask, held, cu_seqlens, max_seqlen)
         if position_ids is None:
             if ids is None:
-                _check_learned_positions(self.config, held + S)
+                check_learned_positions(self.config, held + S)
             position_ids = self.positions(input_ids, ids, held)
-        x_BSH = self._embed(input_ids, position_ids[..., -S:])
-        contexts = self._contexts(x_BSH, seen, position_ids)
-        statistics: list[Tensor] = []
+        at = index_S if index_S is not None else slice(-S, None)
+        x_BSH = self._embed(input_ids, position_ids[..., at])
+        contexts = self._contexts(x_BSH, seen, position_ids, at)
+        statistics = [] if router_statistics is None else [router_statistics]
         for key, layer in (self.layers or {}).items():
             x_BSH, of_router = layer(x_BSH, contexts[key], cache.layer(key) if cache is not None else None)
             if of_router is not None:
                 statistics.append(of_router)
         if self.lm_head is None:
-            return x_BSH
+            return (x_BSH, torch.stack(statistics).sum(0)) if router_statistics is not None else x_BSH
         x_BSH = x_BSH[:, -logits_to_keep:] if logits_to_keep else x_BSH
         x_BSH = self.norm(x_BSH) if self.norm is not None else x_BSH
         x_BSH = self.project_out(x_BSH) if self.project_out is not None else x_BSH
@@ -205,14 +212,14 @@ class Transformer(nn.Module):
     def _visibility(
         self,
         input_ids: Tensor,
+        length: int,
         ids: Tensor | None,
         prefix_mask: Tensor | None,
         held: int,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
     ) -> Visibility:
-        S = input_ids.shape[1]
-        keys = ids.shape[1] if ids is not None else held + S
+        keys = ids.shape[1] if ids is not None else held + length
         prefix = self.config.prefix
         if prefix_mask is None and prefix is not None and input_ids.dim() == 2 and held == 0:
             prefix_mask = masks.prompt_parts(input_ids, prefix, ids)[0]
@@ -230,12 +237,14 @@ class Transformer(nn.Module):
             x_BSH = x_BSH + self.embed_positions((position_ids + self.config.embed_positions.offset).clamp(min=0))
         return self.embed_norm(x_BSH) if self.embed_norm is not None else x_BSH
 
-    def _contexts(self, x_BSH: Tensor, seen: Visibility, position_ids: Tensor) -> dict[str, LayerContext]:
-        """Every layer's context; layers of one kind share it."""
-        device, S = x_BSH.device, x_BSH.shape[1]
+    def _contexts(
+        self, x_BSH: Tensor, seen: Visibility, position_ids: Tensor, at: Tensor | slice
+    ) -> dict[str, LayerContext]:
+        """Every layer's context; layers of one kind share it. `at`: which positions the stream holds."""
+        device = x_BSH.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x_BSH.dtype
         whole = seen.document_ids_BT is not None and seen.document_ids_BT.shape[1] == seen.num_keys
-        real_BS = seen.document_ids_BT[:, -S:] >= 0 if whole and seen.document_ids_BT is not None else None
+        real_BS = seen.document_ids_BT[:, at] >= 0 if whole and seen.document_ids_BT is not None else None
         made: dict[tuple[object, ...], LayerContext] = {}
         contexts = {}
         for key in self.layers or ():
@@ -249,18 +258,24 @@ class Transformer(nn.Module):
                 mask = kernel.prepare(mask, backend, device=device, dtype=dtype, slopes_N=slopes_N)
                 logn_BS = None
                 if part.logn_length and not self.training:  # in evaluation only, as published
-                    logn_BS = logn_factors(position_ids[..., -S:], part.logn_length)
-                rotary = self._rotary(part.rope, position_ids, S) if part.rope else None
+                    logn_BS = logn_factors(position_ids[..., at], part.logn_length)
+                rotary = self._rotary(part.rope, position_ids, at) if part.rope else None
                 made[kind] = LayerContext(mask, rotary, slopes_N, logn_BS, real_BS)
             contexts[key] = made[kind]
         return contexts
 
-    def _rotary(self, rope: RopeConfig, position_ids: Tensor, S: int) -> Rotary:
+    def _rotary(self, rope: RopeConfig, position_ids: Tensor, at: Tensor | slice) -> Rotary:
         if not rope.dynamic:
-            return rotary_tables(rope, position_ids[..., -S:])
+            return rotary_tables(rope, position_ids[..., at])
         in_training_too = not isinstance(rope.scaling, QwenNtkScaling)
         active = in_training_too or not self.training
-        return rotary_tables(rope, position_ids, position_ids.amax(-1, keepdim=True) + 1 if active else None)
+        lengths_B1 = position_ids.amax(-1, keepdim=True) + 1 if active else None
+        # Keys from a cache are turned here too, so the tables are for all positions; a part of a row has no cache.
+        return rotary_tables(rope, position_ids[..., at] if isinstance(at, Tensor) else position_ids, lengths_B1)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def set_attention_backend(self, backend: kernel.Backend) -> None:
         """Fixes the attention backend of all layers; `auto` lets mask, dtype and device decide."""
@@ -282,7 +297,7 @@ def _padding_as_documents(attention_mask: Tensor | None) -> Tensor | None:
     return None if attention_mask is None else attention_mask.to(torch.int32) - 1
 
 
-def _check_learned_positions(config: ModelConfig, length: int) -> None:
+def check_learned_positions(config: ModelConfig, length: int) -> None:
     """Learned positions end somewhere: says so before an index error does."""
     table = config.embed_positions
     if table is not None and length > table.num_embeddings - table.offset:
