@@ -13,14 +13,16 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from trainwright.data.arithmetic import Arithmetic
 from trainwright.data.formats import BadRow, detect
 from trainwright.data.readers import DataFile, RowReader, look, place
 from trainwright.errors import UserError
-from trainwright.recipe.data import SourceRecipe
+
+if TYPE_CHECKING:
+    from trainwright.recipe.data import SourceRecipe  # worker processes start faster without pydantic
 
 HUB_ID = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<glob>.+))?")
 DATA_NAMES = ("*.jsonl*", "*.ndjson*", "*.json", "*.json.*", "*.txt*", "*.parquet", "*.arrow")
