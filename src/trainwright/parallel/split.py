@@ -1,7 +1,8 @@
-"""Which layers go to which pipeline stage: contiguous runs of equal cost, embedding and head counted. No torch.
+"""How a model is divided over pipeline stages, and a row over context ranks. No torch.
 
-Owns the estimate of each part's cost and the exact balanced partition. The planner reads the same split that training
-builds from. Cutting the model and running the stages is `pipeline.py`'s work.
+Owns the estimate of each part's cost with the exact balanced partition of the layers (embedding and head counted), and
+the choice between Ulysses and ring. The planner reads the same divisions that training builds from. Carrying them out
+is `pipeline.py`'s and `sequence.py`'s work.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import gcd, lcm
+from typing import Literal
 
 from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig
@@ -114,3 +117,69 @@ def _most_even(costs: PartCosts, num_stages: int, limit: float) -> tuple[range, 
         ends.append(cut_of[ends[-1]])
     edges = [0, *reversed(ends)]
     return tuple(range(start, end) for start, end in pairwise(edges))
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """A row over ulysses x ring context ranks; rank = ring index x ulysses + ulysses index.
+
+    The row is cut into 2 x ring chunks; ring index i holds the chunks i and 2 x ring - 1 - i, so every index has the
+    same share of the causal triangle. Its chunks, joined, are cut once more into `ulysses` pieces.
+    """
+
+    ulysses: int = 1
+    ring: int = 1
+    why: str = ""
+
+    @property
+    def multiple(self) -> int:
+        """Row lengths that divide evenly are multiples of this."""
+        return self.ring * lcm(2, self.ulysses) if self.ring > 1 else self.ulysses
+
+    def chunks(self, ring_index: int) -> tuple[int, ...]:
+        """The chunks of one ring index, in the row's order."""
+        return (0,) if self.ring == 1 else (ring_index, 2 * self.ring - 1 - ring_index)
+
+
+def choose_row_split(
+    num_heads: int, num_kv_heads: int, cp: int, method: Literal["auto", "ulysses", "ring"] = "auto"
+) -> RowSplit:
+    """How `cp` ranks share a row in attention, for heads as one tensor-parallel rank holds them.
+
+    Ulysses exchanges heads for tokens: it needs a degree that divides the query heads, and copies KV heads that it does
+    not divide. A ring gathers keys and values, whatever the heads. `ulysses` takes the largest degree that divides, and
+    a ring for the rest. `auto` takes Ulysses where cp divides all heads, because attention then sees whole rows, as on
+    one rank; else the pair that moves the fewest bytes, forward and backward.
+    """
+    if method == "ring":
+        return RowSplit(1, cp, f"ring over {cp} ranks, as asked")
+    degrees = [u for u in range(1, cp + 1) if cp % u == 0 and num_heads % u == 0]
+    if method == "ulysses":
+        best, reason = degrees[-1], "as asked"
+    elif num_heads % cp == 0 and num_kv_heads % cp == 0:
+        best, reason = cp, "they divide evenly"
+    else:
+        best = min(reversed(degrees), key=lambda u: _traffic(num_heads, num_kv_heads, u, cp // u))
+        reason = "fewest bytes moved"
+    parts = [f"Ulysses over {best}"] if best > 1 else []
+    parts += [f"ring over {cp // best}"] if best < cp else []
+    limit = f"; {num_heads} heads do not divide by {cp}" if num_heads % cp else ""
+    heads = f"{num_heads} query and {num_kv_heads} KV heads a rank"
+    return RowSplit(best, cp // best, f"{' x '.join(parts)} ranks for {heads} ({reason}{limit})")
+
+
+def kv_copies(num_kv_heads: int, ulysses: int) -> int:
+    """How often each KV head is copied so that `ulysses` ranks get whole ones."""
+    return ulysses // gcd(num_kv_heads, ulysses)
+
+
+def _traffic(num_heads: int, num_kv_heads: int, ulysses: int, ring: int) -> float:
+    """Head vectors that a rank sends for one row of cp tokens.
+
+    Ulysses moves q, k, v there and the output back, in both passes. A ring gathers k and v, gathers them again for the
+    backward pass and scatters their gradients.
+    """
+    kv = num_kv_heads * kv_copies(num_kv_heads, ulysses)
+    exchanged = 2 * (2 * num_heads + 2 * kv) * (ulysses - 1) / ulysses
+    gathered = 3 * 2 * (kv / ulysses) * ulysses * (ring - 1)
+    return exchanged + gathered

@@ -40,7 +40,7 @@ def chunk_rows(rows: int, vocab: int, device_type: str) -> int:
     """Tokens a chunk, so that its float32 logits stay near a fixed size."""
     budget = _CHUNK_BYTES.get(device_type, _DEFAULT_CHUNK_BYTES)
     chunks = max(1, -(-rows * vocab * 4 // budget))
-    return -(-rows // chunks)
+    return max(1, -(-rows // chunks))  # a part of a row may have no supervised token at all
 
 
 def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
