@@ -11,6 +11,7 @@ Owns the choice of a backend from mask, dtype and device. Backends:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -144,9 +145,18 @@ def _varlen(q_BSND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: AttentionMask,
         offsets = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=q_BSND.device)
     left = -1 if mask.window is None else mask.window - 1
     q, k, v = (x.flatten(0, 1) for x in (q_BSND, k_BTKD, v_BTKD))
-    rule: dict[str, Any] = {"scale": scale, "window_size": (left, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    rule: dict[str, Any] = {"scale": scale, "window_size": (left, 0)}
+    if _varlen_names_gqa():  # torch 2.11 has no such argument: its kernel reads the head counts from the tensors
+        rule["enable_gqa"] = q.shape[1] != k.shape[1]
     out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, **rule)
     return out.unflatten(0, (B, S))
+
+
+@cache
+def _varlen_names_gqa() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @cache
