@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from trainwright.errors import UserError
 from trainwright.model import families, folder
-from trainwright.model.config import ModelConfig, map_linears
+from trainwright.model.config import ModelConfig, without_adapters
 from trainwright.model.families.family import Family
 from trainwright.model.init import copy_whole
 from trainwright.model.shapes import parameter_shapes
@@ -194,7 +193,7 @@ def write_weights(
     write: bool = True,
 ) -> None:
     """`save_model` for weights that come from anywhere: `whole(name)` gives each of ours, asked for once, in order."""
-    config = map_linears(config, lambda _, linear: _plain(linear))
+    config = without_adapters(config)
     family = families.get(config.family)
     if not write:
         for _ in _published(family, config, whole, dtype):
@@ -216,10 +215,6 @@ def spelled_config(config: ModelConfig) -> dict[str, Any]:
     if config.source and family.from_hf(config.source) == config:
         return dict(config.source)
     return {**config.source, **family.to_hf(config)}
-
-
-def _plain(linear: Any) -> Any:
-    return replace(linear, adapter=None, quantization=None)
 
 
 def _dtype_key(config: ModelConfig, saved: torch.dtype) -> dict[str, str]:

@@ -21,14 +21,22 @@ class Adapter(Protocol):
 
     def num_parameters(self, linear: LinearConfig) -> int: ...
 
-    def build(self, linear: LinearConfig) -> Any:
-        """The module that stands for the adapted linear; its frozen part keeps the name `weight`."""
+    def build(self, linear: LinearConfig, num_experts: int | None = None) -> Any:
+        """The module that stands for the adapted linear, or for that of every expert; its frozen part is `weight`."""
 
 
 class Quantization(Protocol):
-    """A frozen linear layer in fewer bits (adapt/quantize.py)."""
+    """A frozen weight in fewer bits (adapt/quantize.py)."""
 
-    def build(self, linear: LinearConfig) -> Any: ...
+    kind: Any
+
+    def num_bytes(self, *shape: int) -> int: ...
+
+    def build(self, linear: LinearConfig, num_experts: int | None = None) -> Any: ...
+
+    def build_embedding(self, table: EmbeddingConfig) -> Any: ...
+
+    def build_head(self, head: HeadConfig) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class EmbeddingConfig:
     embedding_dim: int
     padding_idx: int | None = None
     scale: float = 1.0
+    quantization: Quantization | None = None
 
     def num_parameters(self) -> int:
         return self.num_embeddings * self.embedding_dim
@@ -323,6 +332,7 @@ class HeadConfig:
     bias: bool = False
     tied: bool = False
     normalized: bool = False
+    quantization: Quantization | None = None
 
     def num_parameters(self) -> int:
         return self.out_features * ((0 if self.tied else self.in_features) + self.bias)
@@ -434,3 +444,10 @@ def map_linears(node: Any, change: Callable[[str, LinearConfig], LinearConfig], 
         new = {n: map_linears(getattr(node, n), change, f"{path}.{n}" if path else n) for n in names}
         return dataclasses.replace(node, **{n: v for n, v in new.items() if v is not getattr(node, n)})
     return node
+
+
+def without_adapters(config: ModelConfig) -> ModelConfig:
+    """The base model's tree: nothing beside its weights and nothing in fewer bits."""
+    plain = map_linears(config, lambda _, linear: dataclasses.replace(linear, adapter=None, quantization=None))
+    embed = dataclasses.replace(plain.embed_tokens, quantization=None)
+    return dataclasses.replace(plain, embed_tokens=embed, lm_head=dataclasses.replace(plain.lm_head, quantization=None))

@@ -6,8 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainwright.model.config import HeadConfig
+from trainwright.model.config import EmbeddingConfig, HeadConfig
 from trainwright.model.kernels.cross_entropy import linear_cross_entropy
+
+
+def build_embedding(table: EmbeddingConfig) -> nn.Module:
+    """The token table; in fewer bits it builds itself."""
+    if table.quantization is not None:
+        return table.quantization.build_embedding(table)
+    return nn.Embedding(table.num_embeddings, table.embedding_dim, padding_idx=table.padding_idx)
+
+
+def build_head(head: HeadConfig) -> nn.Module:
+    """The head; in fewer bits it builds itself."""
+    return Head(head) if head.quantization is None else head.quantization.build_head(head)
 
 
 class Head(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +26,22 @@ def init_weights(model: nn.Module, std: float, num_layers: int, seed: int, tied:
             elif name == "weight":
                 small = path.endswith(("o_proj", "down_proj"))
                 whose = "embed_tokens" if tied and path == "lm_head" else path
-                draw_normal(parameter, std * depth if small else std, f"{seed}/{whose}.{name}")
+                take = getattr(module, "take_weight", partial(copy_whole, parameter))
+                shape = getattr(module, "weight_shape", parameter.shape)
+                if parameter.device.type != "meta":
+                    take(normal(shape, std * depth if small else std, f"{seed}/{whose}.{name}", parameter.device))
 
 
-@torch.no_grad()
-def draw_normal(parameter: Tensor, std: float, name: str) -> None:
-    """Fills with normal numbers that depend on `name` alone: the same whole tensor on every rank, of which a sharded
+def normal(shape: Sequence[int], std: float, name: str, device: torch.device) -> Tensor:
+    """Normal float32 numbers that depend on `name` alone: the same whole tensor on every rank, of which a sharded
     parameter takes its own part."""
+    return torch.empty(tuple(shape), device=device).normal_(0.0, std, generator=generator(name, device))
+
+
+def generator(name: str, device: torch.device) -> torch.Generator:
+    """Random numbers that depend on `name` alone."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-    if parameter.device.type == "meta":
-        return
-    generator = torch.Generator(parameter.device).manual_seed(seed)
-    whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-    whole.normal_(0.0, std, generator=generator)
-    copy_whole(parameter, whole)
+    return torch.Generator(device).manual_seed(seed)
 
 
 def copy_whole(parameter: Tensor, whole: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainwright.model.config import ExpertsConfig, MoeConfig
+from trainwright.model.config import ExpertsConfig, LinearConfig, MoeConfig
 from trainwright.model.kernels.activation import activate, gated
 from trainwright.model.kernels.grouped import grouped_linear
 from trainwright.model.linear import build_linear
@@ -18,12 +18,18 @@ from trainwright.model.linear import build_linear
 class StackedLinear(nn.Module):
     """E bias-free linear layers, weight [E, O, I]."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+    def __init__(self, linear: LinearConfig, num_experts: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.weight = nn.Parameter(torch.empty(num_experts, linear.out_features, linear.in_features))
 
     def forward(self, x_MI: Tensor, counts_E: Tensor) -> Tensor:
         return grouped_linear(x_MI, self.weight, counts_E)
+
+
+def build_stacked_linear(linear: LinearConfig, num_experts: int) -> nn.Module:
+    """The experts' module of one leaf, as `build_linear` for one."""
+    part = linear.adapter or linear.quantization
+    return part.build(linear, num_experts) if part is not None else StackedLinear(linear, num_experts)
 
 
 class Experts(nn.Module):
@@ -33,13 +39,10 @@ class Experts(nn.Module):
         super().__init__()
         self.activation = config.activation
 
-        def stacked(size: tuple[int, int]) -> StackedLinear:
-            return StackedLinear(config.num_experts, *size)
-
-        up, down = config.up_proj, config.down_proj
-        self.gate_proj = stacked((up.in_features, up.out_features)) if config.gate_proj else None
-        self.up_proj = stacked((up.in_features, up.out_features))
-        self.down_proj = stacked((down.in_features, down.out_features))
+        count = config.num_experts
+        self.gate_proj = build_stacked_linear(config.gate_proj, count) if config.gate_proj else None
+        self.up_proj = build_stacked_linear(config.up_proj, count)
+        self.down_proj = build_stacked_linear(config.down_proj, count)
 
     def forward(self, x_MH: Tensor, counts_E: Tensor) -> Tensor:
         up_MI = self.up_proj(x_MH, counts_E)

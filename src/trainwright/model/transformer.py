@@ -18,7 +18,7 @@ from trainwright.model import mask as masks
 from trainwright.model.attention import Attention, AttentionCore, LayerContext, logn_factors
 from trainwright.model.cache import KVCache, LayerCache
 from trainwright.model.config import BlockConfig, ModelConfig, MoeConfig, QwenNtkScaling, RopeConfig
-from trainwright.model.embed import Head
+from trainwright.model.embed import build_embedding, build_head
 from trainwright.model.ffn import Mlp
 from trainwright.model.init import init_weights
 from trainwright.model.kernels import attention as kernel
@@ -90,10 +90,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend: kernel.Backend = "auto"
-        table = config.embed_tokens
-        self.embed_tokens: nn.Module | None = nn.Embedding(
-            table.num_embeddings, table.embedding_dim, padding_idx=table.padding_idx
-        )
+        self.embed_tokens: nn.Module | None = build_embedding(config.embed_tokens)
         positions = config.embed_positions
         self.embed_positions = nn.Embedding(positions.num_embeddings, positions.embedding_dim) if positions else None
         self.embed_norm = Norm(config.embed_norm) if config.embed_norm else None
@@ -103,7 +100,7 @@ class Transformer(nn.Module):
         )
         self.norm: nn.Module | None = Norm(config.norm) if config.norm else None
         self.project_out = build_linear(config.project_out) if config.project_out else None
-        self.lm_head: nn.Module | None = Head(config.lm_head)
+        self.lm_head: nn.Module | None = build_head(config.lm_head)
         self.register_buffer("alibi_slopes", None, persistent=False)
         self.tie_weights()
         self.reset_buffers()

@@ -38,6 +38,13 @@ def need(config: Mapping[str, Any], *names: str) -> Any:
     raise UserError(f"config.json has no `{names[0]}`: take the config.json that was published with the weights")
 
 
+def refuse(config: Mapping[str, Any], **only: Any) -> None:
+    """Options of the published code that change the arithmetic and that no published weights use."""
+    for key, value in only.items():
+        if key in config and config[key] is not None and config[key] != value:
+            raise UserError(f"{key}={config[key]!r} of config.json is not supported: only {value!r} is")
+
+
 def activation(name: str) -> Activation:
     if name not in _ACTIVATIONS:
         raise UserError(f"activation {name!r} of config.json is not one of {', '.join(_ACTIVATIONS)}")
