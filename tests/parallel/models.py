@@ -63,7 +63,7 @@ def bloom(layers: int = 3) -> ModelConfig:
 
 
 def banded(layers: int = 3) -> ModelConfig:
-    """Learned positions, a projection around the stack, and a window of 5 in every second layer, as in OPT and GPT-3."""
+    """Learned positions, projections around the stack, a window of 5 in every second layer: OPT's and GPT-3's parts."""
     whole = _attention(qkv_bias=True, o_bias=True)
     narrow = _attention(qkv_bias=True, o_bias=True, mask=MaskConfig(window=5))
     mlp = MlpConfig.of(HIDDEN, 64, gated=False, bias=True, activation="relu")

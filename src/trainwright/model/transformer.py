@@ -120,14 +120,19 @@ class Transformer(nn.Module):
             self.alibi_slopes = alibi_slopes(max(heads)).to(device)
 
     def keep(self, layers: Iterable[int], *, embedding: bool, head: bool) -> Transformer:
-        """Removes every other part: what is left is a pipeline stage. Names stay."""
+        """Removes every other part: what is left is a pipeline stage. Names stay.
+
+        A tied head needs the token table, so the last stage keeps it under its own name and looks nothing up.
+        """
         wanted = {str(index) for index in layers}
         assert self.layers is not None
         for key in list(self.layers):
             if key not in wanted:
                 del self.layers[key]
         if not embedding:
-            self.embed_tokens = self.embed_positions = self.embed_norm = self.project_in = None
+            self.embed_positions = self.embed_norm = self.project_in = None
+            if not (head and self.config.lm_head.tied):
+                self.embed_tokens = None
         if not head:
             self.norm = self.project_out = self.lm_head = None
         return self
@@ -223,7 +228,7 @@ class Transformer(nn.Module):
         return Visibility(keys - held, keys, ids, prefix_mask, cu_seqlens, max_seqlen)
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        if self.embed_tokens is None:
+        if self.embed_tokens is None or input_ids.is_floating_point():
             return input_ids
         x_BSH = self.embed_tokens(input_ids)
         if self.config.embed_tokens.scale != 1.0:

@@ -191,8 +191,8 @@ class _Cut:
         if kwargs.get("labels") is None or kwargs.get("cache") is not None:
             return None
         assert isinstance(model, Transformer)
-        tokens, *rest = args
-        kwargs = whole_row_facts(model, tokens, *rest, **kwargs)
+        tokens = args[0] if args else kwargs.pop("input_ids")
+        kwargs = whole_row_facts(model, tokens, *args[1:], **kwargs)
         length = kwargs["labels"].shape[1]
         missing = -length % self.rows.split.multiple
         if missing:
