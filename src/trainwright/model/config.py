@@ -28,7 +28,8 @@ class Adapter(Protocol):
 class Quantization(Protocol):
     """A frozen weight in fewer bits (adapt/quantize.py)."""
 
-    kind: Any
+    @property
+    def kind(self) -> Any: ...
 
     def num_bytes(self, *shape: int) -> int: ...
 

@@ -1,0 +1,121 @@
+"""Linear layers with a low-rank adapter beside a frozen weight, one or a stack of them. Arithmetic is `ops.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainwright.adapt import ops
+from trainwright.adapt.frozen import FrozenExperts, FrozenLinear, gathered
+from trainwright.model.config import LinearConfig
+from trainwright.model.kernels.grouped import grouped_linear
+
+if TYPE_CHECKING:
+    from trainwright.adapt.lora import Lora
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, lengths: Tensor | None = None) -> Tensor:
+    """W + scale B A in float32, [..., out, in]; with DoRA's trained lengths each row is rescaled to its own."""
+    merged = weight.float() + scale * (b.float() @ a.float())
+    return merged if lengths is None else merged * (lengths / torch.linalg.vector_norm(merged, dim=-1))[:, None]
+
+
+class LoraLinear(FrozenLinear):
+    """W x + b + scale B A x. A [rank, in] is `lora_a`, B [out, rank] is `lora_b`; W and b are frozen.
+
+    With dropout, A and B see their own input; with DoRA each output row is rescaled to a trained length.
+    """
+
+    def __init__(self, linear: LinearConfig, lora: Lora) -> None:
+        super().__init__(linear)
+        self.lora = lora
+        self.lora_a = nn.Parameter(torch.empty(lora.rank, linear.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, lora.rank))
+        self.magnitude = nn.Parameter(torch.ones(linear.out_features)) if lora.dora else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(ops.compute_dtype(x))
+        if self.magnitude is not None:
+            return self._with_magnitude(x)
+        if self.lora.dropout and self.training:
+            frozen = ops.frozen_linear(x, self.format, self.pieces, self.weight_shape[-1], self.bias)
+            return frozen + self._update(x)
+        return ops.lora_linear(x, self.format, self.pieces, self.bias, self.lora_a, self.lora_b, self.lora.scale)
+
+    def _update(self, x: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.lora.dropout, self.training)
+        return self.lora.scale * F.linear(F.linear(dropped, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+
+    def _with_magnitude(self, x: Tensor) -> Tensor:
+        """m / |W + scale B A| (W x + scale B A x) + b, lengths of rows (Liu et al. 2024, equation 5)."""
+        assert self.magnitude is not None
+        y = ops.frozen_linear(x, self.format, self.pieces, self.weight_shape[-1]) + self._update(x)
+        y = y * (self.magnitude / self.row_norms()).to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """Length of each row of W + scale B A, float32 [out]."""
+        return torch.linalg.vector_norm(self.merged_weight(torch.float32), dim=1)
+
+    @torch.no_grad()
+    def merged_weight(self, dtype: torch.dtype) -> Tensor:
+        """W + scale B A, [out, in]: what the layer computes, as one matrix, DoRA's lengths left out."""
+        frozen = self.whole_weight(dtype)
+        return torch.addmm(frozen, self.lora_b.to(dtype), self.lora_a.to(dtype), alpha=self.lora.scale)
+
+    def float32_tensors(self) -> list[Tensor]:
+        magnitude = [] if self.magnitude is None else [self.magnitude]
+        return [*super().float32_tensors(), self.lora_a, self.lora_b, *magnitude]
+
+    @torch.no_grad()
+    def give_weight(self) -> Tensor:
+        """The merged weight: the layer as a plain linear. DoRA's lengths go into its rows."""
+        weight = super().give_weight()
+        return merge(weight, gathered(self.lora_a), gathered(self.lora_b), self.lora.scale, self._lengths()).to(
+            weight.dtype
+        )
+
+    def _lengths(self) -> Tensor | None:
+        return None if self.magnitude is None else gathered(self.magnitude)
+
+    @torch.no_grad()
+    def start_magnitude(self) -> None:
+        """DoRA begins at the lengths of the base's rows. Call when weights, A and B are there."""
+        if self.magnitude is not None:
+            self.magnitude.copy_(self.row_norms())
+
+
+class LoraExperts(FrozenExperts):
+    """One adapter for each expert's linear: A [E, rank, in], B [E, out, rank]."""
+
+    def __init__(self, linear: LinearConfig, lora: Lora, num_experts: int) -> None:
+        super().__init__(linear, num_experts)
+        self.lora = lora
+        self.lora_a = nn.Parameter(torch.empty(num_experts, lora.rank, linear.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(num_experts, linear.out_features, lora.rank))
+
+    def forward(self, x_MI: Tensor, counts_E: Tensor) -> Tensor:
+        x_MI = x_MI.to(ops.compute_dtype(x_MI))
+        dropped = F.dropout(x_MI, self.lora.dropout, self.training)
+        low_MR = grouped_linear(dropped, self.lora_a.to(x_MI.dtype), counts_E)
+        update = grouped_linear(low_MR, self.lora_b.to(x_MI.dtype), counts_E)
+        return torch.add(super().forward(x_MI, counts_E), update, alpha=self.lora.scale)
+
+    def float32_tensors(self) -> list[Tensor]:
+        return [*super().float32_tensors(), self.lora_a, self.lora_b]
+
+    @torch.no_grad()
+    def give_weight(self) -> Tensor:
+        """The merged weights of all experts."""
+        weight = super().give_weight()
+        return merge(weight, gathered(self.lora_a), gathered(self.lora_b), self.lora.scale).to(weight.dtype)
+
+    @torch.no_grad()
+    def merged_weight(self, dtype: torch.dtype) -> Tensor:
+        """W + scale B A of every expert, [E, out, in]."""
+        frozen = self.whole_weight(dtype)
+        return torch.baddbmm(frozen, self.lora_b.to(dtype), self.lora_a.to(dtype), alpha=self.lora.scale)

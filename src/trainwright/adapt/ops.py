@@ -1,0 +1,226 @@
+"""Arithmetic of a frozen linear layer with and without a low-rank adapter: what is computed, and what is kept for it.
+
+y = x W^T + b + scale (x A^T) B^T. Kept for the backward pass: x, which the layer's neighbours share, and x A^T, which
+is rank wide. W is read once forward and once backward; in fewer bits it becomes full width only inside one operation.
+No gradient of W or b exists.
+
+Forward and backward are custom operations, opaque to torch.compile: seen through, W in full width would be an
+intermediate result like any other, and the compiler would keep it from the forward for the backward pass.
+"""
+
+# No `from __future__ import annotations`: torch reads the operations' schemas from these annotations.
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op
+
+from trainwright.model.kernels import quantized
+from trainwright.model.kernels.grouped import grouped_linear
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrix products run in: autocast's where it is on, else x's own."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _weight(format: str, pieces: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+    if format == "plain":
+        return pieces[0].to(dtype)
+    return quantized.dequantize(format, pieces, columns, dtype)  # type: ignore[arg-type]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., I] -> [M, I]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _forward(x_MI: Tensor, format: str, pieces: list[Tensor], columns: int, bias: Tensor | None) -> Tensor:
+    bias = bias if bias is None else bias.to(x_MI.dtype)
+    if format == "fp8":
+        y = quantized.fp8_linear(x_MI, *pieces)
+        return y if bias is None else y.add_(bias)
+    return F.linear(x_MI, _weight(format, pieces, columns, x_MI.dtype), bias)
+
+
+def _backward(grad_MO: Tensor, format: str, pieces: list[Tensor], columns: int) -> Tensor:
+    if format == "fp8":
+        return quantized.fp8_linear_backward(grad_MO, *pieces)
+    return grad_MO @ _weight(format, pieces, columns, grad_MO.dtype)
+
+
+def _product_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32: gradients of A and B are as exact as the matrix unit's own sums."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+# ---- the operations -------------------------------------------------------------------------------------------------
+
+
+@custom_op("trainwright::frozen_linear", mutates_args=())
+def frozen_linear_op(x: Tensor, format: str, pieces: list[Tensor], columns: int, bias: Tensor | None) -> Tensor:
+    y = _forward(_rows(x), format, pieces, columns, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@frozen_linear_op.register_fake
+def _(x: Tensor, format: str, pieces: list[Tensor], columns: int, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], pieces[0].shape[0])
+
+
+@custom_op("trainwright::frozen_linear_backward", mutates_args=())
+def frozen_linear_backward_op(grad: Tensor, format: str, pieces: list[Tensor], columns: int) -> Tensor:
+    return _backward(_rows(grad), format, pieces, columns).view(*grad.shape[:-1], columns)
+
+
+@frozen_linear_backward_op.register_fake
+def _(grad: Tensor, format: str, pieces: list[Tensor], columns: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], columns)
+
+
+@custom_op("trainwright::lora_linear", mutates_args=())
+def lora_linear_op(
+    x: Tensor, format: str, pieces: list[Tensor], bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    x_MI = _rows(x)
+    y_MO = _forward(x_MI, format, pieces, a.shape[1], bias)
+    low_MR = x_MI @ a.to(x.dtype).t()
+    y_MO.addmm_(low_MR, b.to(x.dtype).t(), alpha=scale)
+    return y_MO.view(*x.shape[:-1], y_MO.shape[-1]), low_MR
+
+
+@lora_linear_op.register_fake
+def _(
+    x: Tensor, format: str, pieces: list[Tensor], bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(rows, a.shape[0])
+
+
+@custom_op("trainwright::lora_linear_backward", mutates_args=())
+def lora_linear_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    low_MR: Tensor,
+    format: str,
+    pieces: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_MO, x_MI = _rows(grad), _rows(x)
+    grad_low_MR = (grad_MO @ b.to(x.dtype)).mul_(scale)
+    grad_a = _product_float32(grad_low_MR.t(), x_MI).to(a.dtype)
+    grad_b = _product_float32(grad_MO.t(), low_MR).mul_(scale).to(b.dtype)
+    if not needs_x:
+        return x.new_empty(0), grad_a, grad_b
+    grad_x = _backward(grad_MO, format, pieces, a.shape[1])
+    grad_x.addmm_(grad_low_MR, a.to(x.dtype))
+    return grad_x.view(x.shape), grad_a, grad_b
+
+
+@lora_linear_backward_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    low_MR: Tensor,
+    format: str,
+    pieces: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape if needs_x else (0,)), torch.empty_like(a), torch.empty_like(b)
+
+
+@custom_op("trainwright::frozen_grouped_linear", mutates_args=())
+def frozen_grouped_linear_op(
+    x_MI: Tensor, format: str, pieces: list[Tensor], columns: int, counts_E: Tensor, backward: bool
+) -> Tensor:
+    weight_EOI = _weight(format, pieces, columns, x_MI.dtype)
+    return grouped_linear(x_MI.contiguous(), weight_EOI.transpose(1, 2) if backward else weight_EOI, counts_E)
+
+
+@frozen_grouped_linear_op.register_fake
+def _(x_MI: Tensor, format: str, pieces: list[Tensor], columns: int, counts_E: Tensor, backward: bool) -> Tensor:
+    return x_MI.new_empty(x_MI.shape[0], columns if backward else pieces[0].shape[1])
+
+
+# ---- with gradients -------------------------------------------------------------------------------------------------
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, format: str, columns: int, bias: Tensor | None, *pieces: Tensor) -> Tensor:
+        ctx.save_for_backward(*pieces)
+        ctx.format, ctx.columns = format, columns
+        return frozen_linear_op(x, format, list(pieces), columns, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        pieces = ctx.saved_tensors
+        grad_x = frozen_linear_backward_op(grads[0], ctx.format, list(pieces), ctx.columns)
+        return (grad_x, None, None, None, *(None for _ in pieces))
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, format: str, scale: float, bias: Tensor | None, *pieces: Tensor
+    ) -> Tensor:
+        y, low_MR = lora_linear_op(x, format, list(pieces), bias, a, b, scale)
+        ctx.save_for_backward(x, low_MR, a, b, *pieces)
+        ctx.format, ctx.scale = format, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, low_MR, a, b, *pieces = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[0]
+        grad_x, grad_a, grad_b = lora_linear_backward_op(
+            grads[0], x, low_MR, ctx.format, list(pieces), a, b, ctx.scale, needs_x
+        )
+        return (grad_x if needs_x else None, grad_a, grad_b, None, None, None, *(None for _ in pieces))
+
+
+class _FrozenGroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MI: Tensor, format: str, columns: int, counts_E: Tensor, *pieces: Tensor) -> Tensor:
+        ctx.save_for_backward(counts_E, *pieces)
+        ctx.format, ctx.columns = format, columns
+        return frozen_grouped_linear_op(x_MI, format, list(pieces), columns, counts_E, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        counts_E, *pieces = ctx.saved_tensors
+        grad_x = frozen_grouped_linear_op(grads[0], ctx.format, list(pieces), ctx.columns, counts_E, True)
+        return (grad_x, None, None, None, *(None for _ in pieces))
+
+
+def frozen_linear(x: Tensor, format: str, pieces: list[Tensor], columns: int, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in x's dtype, [..., I] -> [..., O]; gradient to x alone. `columns` is I."""
+    return _FrozenLinear.apply(x, format, columns, bias, *pieces)
+
+
+def lora_linear(
+    x: Tensor, format: str, pieces: list[Tensor], bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """x W^T + b + scale (x A^T) B^T in x's dtype, [..., I] -> [..., O]; gradients to x, A [R, I] and B [O, R]."""
+    return _LoraLinear.apply(x, a, b, format, scale, bias, *pieces)
+
+
+def frozen_grouped_linear(x_MI: Tensor, format: str, pieces: list[Tensor], columns: int, counts_E: Tensor) -> Tensor:
+    """Rows by their expert's weight [E, O, I], [M, I] -> [M, O]; gradient to x alone."""
+    return _FrozenGroupedLinear.apply(x_MI, format, columns, counts_E, *pieces)
+
+
+KEPT = (torch.ops.trainwright.lora_linear.default, torch.ops.trainwright.frozen_linear.default)
+"""Results that cost more to compute than to keep, for selective recompute."""
