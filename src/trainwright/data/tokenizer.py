@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Pipeline
 
 from trainwright.errors import UserError
+from trainwright.vocabulary import byte_alphabet, byte_level_pipeline
 
 SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -228,9 +229,8 @@ def _load_folder(folder: Path) -> Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """UTF-8 bytes as tokens: no training, no file, every text round-trips. Ids 0..255 are the bytes."""
-    from trainwright.vocabulary import byte_level_pipeline
-
-    pipeline = byte_level_pipeline(ranks={bytes([byte]): byte for byte in range(256)}, merges=[], pattern=None)
+    vocab = {spelled: byte for byte, spelled in enumerate(byte_alphabet())}
+    pipeline = byte_level_pipeline(vocab, merges=[], words=[])
     pipeline.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in BYTE_SPECIALS])
     config = {
         "bos_token": "<|bos|>",

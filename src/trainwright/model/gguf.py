@@ -68,15 +68,15 @@ def import_gguf(path: str | Path, folder: str | Path, dtype: str = "float32") ->
     source = _Source(Path(path))
     config = load_config(source.config())
     source.check_names(config)
-    beside = target.with_name(f".{target.name}.import")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.import")
     try:
-        write_weights(config, lambda name: source.weight(name, config), beside, dtype=_DTYPES[dtype])
-        write_tokenizer(source.values, beside)
-        _sync_all(beside)
+        made = beside / "model"
+        write_weights(config, lambda name: source.weight(name, config), made, dtype=_DTYPES[dtype])
+        write_tokenizer(source.values, made)
+        _sync_all(made)
         if target.exists():
             target.rmdir()
-        beside.rename(target)
+        made.rename(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return config

@@ -25,12 +25,13 @@ from trainwright.vocabulary import (
 )
 
 # tokenizer.ggml.pre -> the expressions that cut text into words.
-_WORDS: dict[str, list[str]] = {
-    **dict.fromkeys(("gpt-2", "gpt2", "mpt", "olmo", "default"), [GPT2_WORDS]),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), [DIGITS, GPT2_WORDS]),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe"), [LLAMA3_WORDS]),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), [QWEN_WORDS]),
+_CUTS: dict[tuple[str, ...], tuple[str, ...]] = {
+    (GPT2_WORDS,): ("gpt-2", "gpt2", "mpt", "olmo", "default"),
+    (DIGITS, GPT2_WORDS): ("smollm", "starcoder", "refact", "command-r", "codeshell"),
+    (LLAMA3_WORDS,): ("llama-bpe", "llama3", "llama-v3", "smaug-bpe"),
+    (QWEN_WORDS,): ("qwen2", "deepseek-r1-qwen"),
 }
+_WORDS = {name: words for words, names in _CUTS.items() for name in names}
 _TOKENS = "tokenizer.ggml.tokens"
 
 
@@ -75,10 +76,10 @@ def _bpe(values: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     kinds = _kinds(values, tokens)
     vocab = {token: at for at, token in enumerate(tokens)}
     try:
-        pipeline = byte_level_pipeline(vocab, merges, _WORDS[pre], ignore_merges=_WORDS[pre] == [LLAMA3_WORDS])
+        pipeline = byte_level_pipeline(vocab, merges, _WORDS[pre], ignore_merges=_WORDS[pre] == (LLAMA3_WORDS,))
     except Exception as error:  # the Rust side raises bare Exception
         raise UserError(f"the GGUF file's tokenizer is broken: {error}") from None
-    if _WORDS[pre] == [QWEN_WORDS]:
+    if _WORDS[pre] == (QWEN_WORDS,):
         pipeline.normalizer = normalizers.NFC()
     added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN)]
     pipeline.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, _ in added])
@@ -108,7 +109,7 @@ def _kinds(values: Mapping[str, Any], tokens: list[str]) -> list[int]:
 def _config(values: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
     """tokenizer_config.json's keys."""
     sentencepiece = values.get("tokenizer.ggml.model") == "llama"
-    llama3 = _WORDS.get(values.get("tokenizer.ggml.pre", "default")) == [LLAMA3_WORDS]
+    llama3 = _WORDS.get(values.get("tokenizer.ggml.pre", "default")) == (LLAMA3_WORDS,)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": bool(values.get("tokenizer.ggml.add_bos_token", sentencepiece or llama3)),
