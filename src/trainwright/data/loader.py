@@ -8,6 +8,7 @@ loses nothing and repeats nothing. The order itself is in order.py.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -223,4 +224,7 @@ class _ReadAhead:
 
     def close(self) -> None:
         self._stop.set()
+        with contextlib.suppress(queue.Empty):  # a full queue would keep the thread waiting
+            while True:
+                self._ready.get_nowait()
         self._thread.join()

@@ -143,11 +143,12 @@ class RowReader:
             return Located(at, None, f"longer than {self.max_line_bytes} bytes: split it, or raise data.max_line_bytes")
         try:
             written = line.decode("utf-8-sig" if at == 0 else "utf-8")
-            return Located(at, {"text": written.rstrip("\r\n")} if self.file.kind == "text" else json.loads(written))
+            written = written.rstrip("\r\n")
+            return Located(at, {"text": written} if self.file.kind == "text" else json.loads(written))
         except UnicodeDecodeError as error:
             return Located(at, None, f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
         except json.JSONDecodeError as error:
-            return Located(at, None, f"broken JSON: {error.msg} at column {error.colno}")
+            return Located(at, None, f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
         except RecursionError:
             return Located(at, None, "JSON nested too deep")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from trainwright.data.packing import SEGMENT, Rows
 from trainwright.data.shards import IGNORED, Shard
 
 OFFSET = np.dtype("<i8")
+LOCATED = 256  # positions whose rows are found together, which costs little more than one
 
 
 class RowArrays(NamedTuple):
@@ -92,21 +93,6 @@ class PackedSource:
             self._open[number] = Shard(self.shards[number])
         return self._open[number]
 
-    def read(self, segments: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens of segments and what is to be predicted at their places."""
-        lengths = segments["length"].astype(np.int64)
-        ends = np.cumsum(lengths)
-        places = np.arange(ends[-1]) + np.repeat(segments["start"] - ends + lengths, lengths)
-        numbers = segments["shard"]
-        if (numbers == numbers[0]).all():
-            return self.shard(int(numbers[0])).read(places)
-        tokens, targets = np.empty_like(places), np.empty_like(places)
-        of_token = np.repeat(numbers, lengths)
-        for number in np.unique(numbers):
-            mine = of_token == number
-            tokens[mine], targets[mine] = self.shard(int(number)).read(places[mine])
-        return tokens, targets
-
 
 @dataclass
 class RowSet:
@@ -137,11 +123,57 @@ class RowSet:
         return RowCursor(self, self.order(seed, shuffle))
 
     def read(self, sources: NDArray[np.int64], rows: NDArray[np.int64]) -> RowArrays:
-        """Rows by source and number in it: arrays [B, S]."""
+        """Rows by source and number in it: arrays [B, S]. All of them are gathered together, without a loop over
+        documents, so short documents cost no more than long ones."""
+        per_row = [
+            self.sources[source].segments(row) for source, row in zip(sources.tolist(), rows.tolist(), strict=True)
+        ]
+        counts = np.array([len(segments) for segments in per_row])
+        segments = np.concatenate(per_row)
+        lengths = segments["length"].astype(np.int64)
+        ends = np.cumsum(lengths)
+        begins = ends - lengths  # of each segment among all tokens read
+        first = np.cumsum(counts) - counts  # segment of each row
+        row_lengths = np.add.reduceat(lengths, first)
+
+        token = np.arange(ends[-1])
+        place = token + np.repeat(segments["start"] - begins, lengths)
+        row = np.repeat(np.arange(len(rows)), row_lengths)
+        column = token - np.repeat(begins[first], row_lengths)
+        tokens, targets = self._gather(np.repeat(sources, counts), segments["shard"], lengths, place)
+
         arrays = self.empty(len(rows))
-        for place, (source, row) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
-            self._fill(arrays, place, source, row)
+        if arrays.document_ids is not None:
+            targets[begins] = IGNORED  # a document's first token is not predicted from the document before
+        # A row of a stream brings the token that follows: it is a target only.
+        kept = slice(None) if row_lengths.max() <= self.seq_len else column < self.seq_len
+        arrays.input_ids[row[kept], column[kept]] = tokens[kept]
+        follows = column > 0
+        arrays.labels[row[follows], column[follows] - 1] = targets[follows]
+        if arrays.document_ids is not None:
+            number = np.arange(len(segments), dtype=np.int32) - np.repeat(first, counts).astype(np.int32)
+            arrays.document_ids[row[kept], column[kept]] = np.repeat(number, lengths)[kept]
+            arrays.position_ids[row[kept], column[kept]] = (token - np.repeat(begins, lengths))[kept]
         return arrays
+
+    def _gather(
+        self,
+        sources: NDArray[np.int64],
+        shards: NDArray[np.int32],
+        lengths: NDArray[np.int64],
+        place: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens and targets at `place` [sum of lengths] of segments that lie in shards of sources."""
+        files = sources << 32 | shards
+        if (files == files[0]).all():
+            return self.sources[int(sources[0])].shard(int(shards[0])).read(place)
+        tokens, targets = np.empty_like(place), np.empty_like(place)
+        of_token = np.repeat(files, lengths)
+        for file in np.unique(files):
+            mine = of_token == file
+            shard = self.sources[int(file >> 32)].shard(int(file & 0xFFFFFFFF))
+            tokens[mine], targets[mine] = shard.read(place[mine])
+        return tokens, targets
 
     def empty(self, count: int) -> RowArrays:
         """Rows of padding alone."""
@@ -153,22 +185,6 @@ class RowSet:
             np.full(shape, -1, np.int32) if self.document_mask else None,
         )
 
-    def _fill(self, arrays: RowArrays, place: int, source: int, row: int) -> None:
-        segments = self.sources[source].segments(row)
-        tokens, targets = self.sources[source].read(segments)
-        # A row of a stream brings the token that follows: it is a target only.
-        inputs, labels = min(len(tokens), self.seq_len), min(len(tokens) - 1, self.seq_len)
-        arrays.input_ids[place, :inputs] = tokens[:inputs]
-        arrays.labels[place, :labels] = targets[1 : labels + 1]
-        if arrays.document_ids is None:
-            return
-        lengths = segments["length"]
-        ends = np.cumsum(lengths)
-        arrays.document_ids[place, :inputs] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[:inputs]
-        arrays.position_ids[place, :inputs] = (np.arange(ends[-1]) - np.repeat(ends - lengths, lengths))[:inputs]
-        borders = ends[:-1] - 1  # the last token of a document does not predict the next document
-        arrays.labels[place, borders[borders < self.seq_len]] = IGNORED
-
 
 class RowCursor:
     """Reads rows at positions of one order. It has no state of its own: any position is reached at once."""
@@ -176,7 +192,16 @@ class RowCursor:
     def __init__(self, rows: RowSet, order: Order) -> None:
         self._rows = rows
         self._order = order
+        self._block = lru_cache(maxsize=4)(self._locate)
 
     def read(self, positions: NDArray[np.int64]) -> RowArrays:
         """The rows at `positions` [B]."""
-        return self._rows.read(*self._order.locate(positions))
+        blocks, places = np.divmod(positions, LOCATED)
+        found = np.empty((2, len(positions)), np.int64)
+        for block in np.unique(blocks):
+            mine = blocks == block
+            found[:, mine] = self._block(int(block))[:, places[mine]]
+        return self._rows.read(found[0], found[1])
+
+    def _locate(self, block: int) -> NDArray[np.int64]:
+        return np.stack(self._order.locate(np.arange(block * LOCATED, (block + 1) * LOCATED)))

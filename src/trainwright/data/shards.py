@@ -124,7 +124,7 @@ class Shard(IndexedFile):
         """The tokens at `places`, and what is to be predicted there: the token, EOS, or IGNORED."""
         tokens = self.tokens[places].astype(np.int64)
         if self._bits is None:
-            return tokens, tokens
+            return tokens, tokens.copy()
         trained = self._bits[places >> 3] >> (7 - (places & 7)).astype(np.uint8) & 1
         targets = np.where(trained, tokens, IGNORED)
         if self._stops is not None:
