@@ -41,9 +41,9 @@ def read(row: dict[str, Any], columns: dict[str, str] | None = None) -> Any:
          [{"role": "user", "content": "Hi\nnow"}, CHAT[1]]),  # Dolly
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, "sharegpt", CHAT),
         (
-            {"system": "Be kind", "conversations": [{"from": "user", "value": "Hi"}, {"from": "bot", "value": "Hello"}]},
+            {"system": "Be", "conversations": [{"from": "user", "value": "Hi"}, {"from": "bot", "value": "Hello"}]},
             "sharegpt",
-            [{"role": "system", "content": "Be kind"}, *CHAT],
+            [{"role": "system", "content": "Be"}, *CHAT],
         ),
         ({"conversations": CHAT}, "sharegpt", CHAT),
         ({"messages": CHAT}, "messages", CHAT),
