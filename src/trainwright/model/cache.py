@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 
@@ -44,4 +46,8 @@ class KVCache:
     @property
     def length(self) -> int:
         """Positions held."""
-        return max((layer.length for layer in self._layers.values()), default=0)
+        return self.held(self._layers)
+
+    def held(self, keys: Iterable[str]) -> int:
+        """Positions that these layers hold; a model in stages fills its layers one stage after another."""
+        return max((self.layer(key).length for key in list(keys)), default=0)

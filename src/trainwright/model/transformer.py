@@ -89,6 +89,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.tied = config.lm_head.tied
         self.attention_backend: kernel.Backend = "auto"
         self.embed_tokens: nn.Module | None = build_embedding(config.embed_tokens)
         positions = config.embed_positions
@@ -109,7 +110,7 @@ class Transformer(nn.Module):
 
     def tie_weights(self) -> None:
         """Makes the head hold the token table where the config says so; again after `to_empty`, which copies."""
-        if self.config.lm_head.tied and self.embed_tokens is not None and self.lm_head is not None:
+        if self.tied and self.embed_tokens is not None and self.lm_head is not None:
             self.lm_head.weight = self.embed_tokens.weight
 
     def reset_buffers(self, device: torch.device | None = None) -> None:
@@ -131,7 +132,7 @@ class Transformer(nn.Module):
                 del self.layers[key]
         if not embedding:
             self.embed_positions = self.embed_norm = self.project_in = None
-            if not (head and self.config.lm_head.tied):
+            if not (head and self.tied):
                 self.embed_tokens = None
         if not head:
             self.norm = self.project_out = self.lm_head = None
@@ -174,7 +175,7 @@ class Transformer(nn.Module):
         router_statistics: [2, E], those of earlier pipeline stages; a stage without head returns (stream, statistics).
         """
         ids = document_ids if document_ids is not None else _padding_as_documents(attention_mask)
-        held = cache.length if cache is not None else 0
+        held = cache.held(self.layers or ()) if cache is not None else 0
         S = input_ids.shape[1]
         length = S if index_S is None or position_ids is None else position_ids.shape[-1]
         seen = self._visibility(input_ids, length, ids, prefix_mask, held, cu_seqlens, max_seqlen)

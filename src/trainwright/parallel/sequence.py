@@ -217,7 +217,8 @@ def whole_row_facts(
     everything that the model would read from whole rows of tokens is made from them."""
     if attention_mask is not None and document_ids is None:
         document_ids = attention_mask.to(torch.int32) - 1
-    if tokens.dim() == 2:
+    cache = rest.get("cache")
+    if tokens.dim() == 2 and not (cache is not None and cache.length):
         if position_ids is None:
             position_ids = model.positions(tokens, document_ids)
         if prefix_mask is None and model.config.prefix is not None:

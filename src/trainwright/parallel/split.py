@@ -60,6 +60,18 @@ def split_layers(costs: PartCosts, num_stages: int, counts: Sequence[int] | None
     return _most_even(costs, num_stages, limit * (1 + 1e-12))
 
 
+Schedule = Literal["1f1b", "interleaved", "zbv"]
+
+
+def stages_of_rank(rank: int, pp: int, schedule: Schedule, per_rank: int = 2) -> tuple[int, ...]:
+    """The stages of one pipeline rank. interleaved: every pp-th. zbv: down and up again, so both ends are on rank 0."""
+    if schedule == "1f1b":
+        return (rank,)
+    if schedule == "zbv":
+        return (rank, 2 * pp - 1 - rank)
+    return tuple(range(rank, pp * per_rank, pp))
+
+
 def _given(counts: Sequence[int], num_layers: int, num_stages: int) -> tuple[range, ...]:
     """Ranges of the given lengths."""
     if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 0 or 0 in counts[1:-1]:
