@@ -194,7 +194,9 @@ def fp8_linear(x_MI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
 def fp8_linear_backward(grad_MO: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
     """grad W [M, I] likewise. W's scales run along the summed dim: they go into the gradient before it is rounded."""
     codes, scale_M1 = _fp8_rows(grad_MO, scale_O1.flatten())
-    weight_OI = codes_OI.t().contiguous().t()  # the matrix unit wants the summed dim of both sides to be contiguous
+    # The matrix unit wants the summed dim of both sides to be contiguous.
+    kernel = _triton("transpose_bytes", codes_OI, codes_OI.shape[1])
+    weight_OI = (kernel(codes_OI) if kernel else codes_OI.t().contiguous()).t()
     ones = torch.ones(1, codes_OI.shape[1], device=codes_OI.device)
     return _fp8_product(codes, scale_M1, weight_OI.view(torch.float8_e4m3fn), ones, grad_MO.dtype)
 
