@@ -25,7 +25,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     moe = MoeConfig.of(
         config["hidden_size"],
         config["intermediate_size"],
-        config["num_local_experts"],
+        reading.need(config, "num_local_experts", "num_experts"),
         config["num_experts_per_tok"],
         reading.activation(config.get("hidden_act", "silu")),
         aux_loss_coef=config.get("router_aux_loss_coef", 0.001),

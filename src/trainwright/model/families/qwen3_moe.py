@@ -29,7 +29,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     moe = MoeConfig.of(
         config["hidden_size"],
         config["moe_intermediate_size"],
-        config["num_experts"],
+        reading.need(config, "num_experts", "num_local_experts"),
         config["num_experts_per_tok"],
         reading.activation(config.get("hidden_act", "silu")),
         norm_topk=bool(config.get("norm_topk_prob", False)),
