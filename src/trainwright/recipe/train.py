@@ -37,7 +37,7 @@ class TrainRecipe(Section):
     seed: int = Field(0, ge=0, description="weights, data order, dropout")
     deterministic: bool = Field(False, description="bit-exact repeats, at some cost in speed")
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="NaN or Inf in loss or gradient")
-    resume: bool = Field(False, description="go on from the newest good checkpoint in the run's folder")
+    resume: bool | int = Field(False, description="go on from the run's newest checkpoint, or from that of a step")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainRecipe:

@@ -1,6 +1,7 @@
-"""Finds what made a NaN or an infinity: the rows, and the first layer, by running the step's batches once more.
+"""NaN and infinity: finds the rows and the first layer that made them, and stops the run or lets it skip the step.
 
-Owns the search only. The step that met the NaN was refused before (`step.py`); stopping or skipping is `trainer.py`'s.
+The step was refused before anything changed (`step.py`), so its batches can be run once more with every module watched.
+Owns the search, the words, and the patience.
 """
 
 from __future__ import annotations
@@ -8,33 +9,83 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trainwright.errors import UserError
+
+PATIENCE = 20  # refused steps in a row after which skipping is not helping
+
+
+class NonFiniteError(UserError):
+    """Training met a NaN or an infinity. Nothing was updated by the step that met it."""
+
+
+class NonFinite:
+    """What to do about refused steps: `stop` at the first, or `skip` them as long as they are few."""
+
+    def __init__(self, policy: Literal["stop", "skip"]) -> None:
+        self.policy = policy
+        self.in_a_row = 0
+
+    def judge(self, account: str) -> None:
+        """Counts a refused step that `account` describes. Raises NonFiniteError when the run has to end."""
+        self.in_a_row += 1
+        if self.policy == "stop":
+            raise NonFiniteError(account)
+        if self.in_a_row >= PATIENCE:
+            raise NonFiniteError(f"{account}; {self.in_a_row} steps in a row were refused, so skipping does not help")
+
 
 @dataclass
 class Finding:
-    """Where the first NaN or infinity came from; `rows` are (micro batch, row) pairs of this rank."""
+    """Where the first NaN or infinity came from, and the numbers of the rows that had it."""
 
     where: str
-    rows: list[tuple[int, int]] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
 
-def find_nonfinite(model: nn.Module, batches: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> Finding | None:
+def account(step: int, what: str, findings: Sequence[Finding | None], kept: str) -> str:
+    """One line: the step, the first layer, the rows of the global batch, what is left, what to try.
+
+    `findings` are of all ranks, their rows numbered in the global batch; `kept` names the last good checkpoint.
+    """
+    first = next((finding for finding in findings if finding is not None), None)
+    if first is None:
+        where = "it did not come again when the step's rows were run once more, which hints at the hardware"
+    else:
+        rows = sorted({row for other in findings if other and other.where == first.where for row in other.rows})
+        shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        where = f"it came first from {first.where}, in row {shown} of the global batch (counted from 0)"
+    return (
+        f"step {step}: {what}; {where}; nothing was updated; {kept}: look at those rows, lower train.learning_rate or "
+        "train.max_grad_norm, or set train.on_nonfinite=skip"
+    )
+
+
+def find_nonfinite(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_of: Callable[[Any], Tensor],
+    row_number: Callable[[int, int], int],
+) -> Finding | None:
     """Runs forward and backward of each micro batch again, watching every module. None when nothing bad comes up.
 
-    Leaves no gradients. A result of None means that the fault did not repeat: look at the hardware.
+    `row_number(micro batch, row in it)` is the row's number in the global batch. Leaves no gradients. None means that
+    the fault did not repeat.
     """
+    numbers = [[row_number(at, row) for row in range(len(batch.input_ids))] for at, batch in enumerate(batches)]
     for name, tensor in model.named_parameters():
         if not bool(_local(tensor).isfinite().all()):
-            return Finding(f"the weight {name}, which held NaN or Inf before this step")
+            every = [row for of_batch in numbers for row in of_batch]
+            return Finding(f"the weight {name}, which held NaN or infinity before this step", every)
     first: Finding | None = None
     with _uncompiled():
-        for number, batch in enumerate(batches):
-            found = _search(model, loss_of, number, batch)
+        for batch, rows in zip(batches, numbers, strict=True):
+            found = _search(model, loss_of, batch, rows)
             if found and first and found.where == first.where:
                 first.rows += found.rows
             first = first or found
@@ -42,30 +93,29 @@ def find_nonfinite(model: nn.Module, batches: Sequence[Any], loss_of: Callable[[
     return first
 
 
-def _search(model: nn.Module, loss_of: Callable[[Any], Tensor], number: int, batch: Any) -> Finding | None:
+def _search(model: nn.Module, loss_of: Callable[[Any], Tensor], batch: Any, rows: list[int]) -> Finding | None:
     """The first fault in one micro batch: forward, loss, backward, weight gradients, in that order."""
-    watch = _Watch(number, rows=batch.input_ids.shape[0])
+    watch = _Watch(rows)
     with watch.on(model):
         loss = loss_of(batch)
         if watch.found:
             return watch.found
         if not bool(loss.isfinite()):
-            return Finding("the loss", watch.all_rows())
+            return Finding("the loss", rows)
         watch.forward = False
         loss.backward()
     if watch.found:
         return watch.found
     for name, tensor in model.named_parameters():
         if tensor.grad is not None and not bool(_local(tensor.grad).isfinite().all()):
-            return Finding(f"the gradient of {name}", watch.all_rows())
+            return Finding(f"the gradient of {name}", rows)
     return None
 
 
 class _Watch:
     """Hooks on every module: its output going forward, that output's gradient going back."""
 
-    def __init__(self, number: int, rows: int) -> None:
-        self.number = number
+    def __init__(self, rows: list[int]) -> None:
         self.rows = rows
         self.forward = True
         self.found: Finding | None = None
@@ -73,19 +123,15 @@ class _Watch:
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        handles: list[RemovableHandle] = [
-            module.register_forward_hook(lambda _, __, output, name=name: self._saw_output(name, output))
-            for name, module in model.named_modules()
-            if name
-        ]
+        handles = [self._hook(name, module) for name, module in model.named_modules() if name]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def all_rows(self) -> list[tuple[int, int]]:
-        return [(self.number, row) for row in range(self.rows)]
+    def _hook(self, name: str, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(lambda _, __, output: self._saw_output(name, output))
 
     def _saw_output(self, name: str, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) and output else output
@@ -100,17 +146,18 @@ class _Watch:
         if self.found:
             return
         if bool(_local(grad).isfinite().all()):
-            self.last_good = name
+            self.last_good = f"the output of {name}"
         else:
             where = f"the backward pass between {self.last_good} and the output of {name}"
             self.found = Finding(where, self._bad_rows(grad))
 
-    def _bad_rows(self, tensor: Tensor) -> list[tuple[int, int]]:
+    def _bad_rows(self, tensor: Tensor) -> list[int]:
+        """The rows with a fault; all of them where the tensor is not one value a row and position."""
         values = _local(tensor)
-        if values.ndim < 2 or values.shape[0] != self.rows:
-            return self.all_rows()
+        if values.ndim < 2 or values.shape[0] != len(self.rows):
+            return self.rows
         bad = ~values.isfinite().flatten(1).all(dim=1)
-        return [(self.number, row) for row in bad.nonzero().flatten().tolist()]
+        return [self.rows[row] for row in bad.nonzero().flatten().tolist()]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -13,26 +13,18 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainwright.data.loader import Batch
 from trainwright.device import widest_float
 from trainwright.model.mask import document_offsets
 from trainwright.parallel.mesh import World
 from trainwright.train.optimizer import Optimizers
 
 IGNORED = -100  # a label that is not trained
-
-
-class Batch(Protocol):
-    """Rows of one micro batch, each tensor [B, S]; labels are shifted already."""
-
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -135,6 +127,12 @@ class TrainStep:
             total += loss_sum.detach()
         return total
 
+    def probe(self, batch: Batch) -> Tensor:
+        """The loss of a micro batch as a step computes it, scaled alike, for a search that runs it once more."""
+        with self.compute():
+            _, loss = self.micro_batch_loss(batch, torch.ones((), device=self.world.device))
+        return loss * self.loss_scale.value
+
     def micro_batch_loss(self, batch: Batch, count: Tensor) -> tuple[Tensor, Tensor]:
         """(sum of token losses, this micro batch's share of the step's loss); the share has the auxiliary loss too.
 
@@ -166,7 +164,7 @@ def to_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels, "position_ids": batch.position_ids}
     documents = batch.document_ids
-    if bool((documents[:, 0] < 0).any()) or bool((documents != documents[:, :1]).any()):
+    if documents is not None and bool(((documents != documents[:, :1]) | (documents < 0)).any()):
         offsets = document_offsets(documents)
         inputs |= {"document_ids": documents, "cu_seqlens": offsets, "max_seqlen": int(offsets.diff().max())}
     return {
@@ -177,8 +175,13 @@ def to_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
 def count_tokens(batches: Sequence[Batch], stop_asked: bool = False) -> Tensor:
     """[supervised tokens, tokens without padding, stop asked] of this rank in float64, on the CPU."""
     supervised = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches)
+    tokens = sum(_real_tokens(batch) for batch in batches)
     return torch.tensor([supervised, tokens, float(stop_asked)], dtype=torch.float64)
+
+
+def _real_tokens(batch: Batch) -> int:
+    documents = batch.document_ids
+    return batch.input_ids.numel() if documents is None else int((documents >= 0).sum())
 
 
 def finite_or_none(value: float | None) -> float | None:

@@ -1,0 +1,166 @@
+"""From a recipe to the parts of a run: tokenizer, model, optimizer, schedule, and every check that needs no long work.
+
+Owns the checks and the order in which a model comes to life. Running the parts is `trainer.py`'s work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainwright.data.template import Template, load_template
+from trainwright.data.tokenizer import Tokenizer, load_tokenizer
+from trainwright.device import device_name
+from trainwright.errors import UserError
+from trainwright.model.checkpoint import load_config, load_weights
+from trainwright.model.config import ModelConfig
+from trainwright.model.folder import resolve
+from trainwright.model.transformer import Transformer, check_learned_positions
+from trainwright.parallel.apply import DTYPES, parallelize
+from trainwright.parallel.layout import Layout
+from trainwright.parallel.mesh import World
+from trainwright.planner.hardware import peak_flops
+from trainwright.recipe.model import ModelRecipe
+from trainwright.recipe.schema import Recipe
+from trainwright.recipe.train import TrainRecipe
+from trainwright.train.metrics import Costs
+from trainwright.train.schedule import Schedule
+
+Compute = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the model is made from: its tree, its tokenizer, and the folder of its weights (None: random weights)."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    folder: Path | None
+
+
+def find_sources(recipe: ModelRecipe, seq_len: int) -> Sources:
+    """Reads config and tokenizer, which is quick. Raises UserError for parts that do not fit each other."""
+    folder = resolve(recipe.path) if recipe.path else None
+    spec = recipe.tokenizer or folder
+    if spec is None and isinstance(recipe.config, str) and Path(recipe.config).is_dir():
+        spec = Path(recipe.config)
+    if spec is None:
+        raise UserError("model.config has no tokenizer of its own: set model.tokenizer to a folder, a file, or byte")
+    tokenizer = load_tokenizer(spec)
+    source = folder or recipe.config or {}
+    if isinstance(source, dict):  # written in the recipe: what it does not say about tokens, the tokenizer says
+        source = _ids_of(tokenizer) | source
+    config = load_config(source, recipe.family, recipe.overrides)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's embedding has {config.vocab_size} "
+            f"rows: set model.overrides.vocab_size={_padded(tokenizer.vocab_size)} for random weights, or take the "
+            "tokenizer that was published with these weights"
+        )
+    check_learned_positions(config, seq_len)
+    return Sources(config, tokenizer, folder)
+
+
+def find_template(recipe: Recipe, tokenizer: Tokenizer) -> Template | None:
+    """The chat template that is trained and exported; pretraining may have none."""
+    try:
+        return load_template(recipe.data.template, tokenizer)
+    except UserError:
+        if recipe.task == "sft" or recipe.data.template is not None:
+            raise
+        return None
+
+
+def _ids_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return {"vocab_size": _padded(tokenizer.vocab_size)} | {
+        key: value for key, value in ids.items() if value is not None
+    }
+
+
+def _padded(vocab_size: int) -> int:
+    """The next multiple of 64, which matrix units like."""
+    return -(-vocab_size // 64) * 64
+
+
+def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transformer, Compute]:
+    """The model on its device, in its layout, with its weights; and what a forward pass has to run inside of.
+
+    Built on the meta device, so that no rank ever holds more than its share; weights come last.
+    """
+    settings = recipe.train
+    with torch.device("meta"):
+        model = Transformer(sources.config)
+    model.set_attention_backend(recipe.model.attention)
+    freeze(model, recipe.model.frozen)
+    master = torch.float32 if settings.master_weights else DTYPES[settings.precision]
+    model.to(master)
+    compute = parallelize(
+        model,
+        world,
+        precision=settings.precision,
+        recompute=recipe.parallel.recompute,
+        compile_layers=world.device.type != "cpu" if settings.compile == "auto" else settings.compile,
+    )
+    model.to_empty(device=world.device)
+    model.tie_weights()
+    model.reset_buffers(world.device)
+    if sources.folder is not None:
+        load_weights(model, sources.folder)
+    else:
+        model.init_weights(settings.seed)
+    return model.train(), compute
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Fixes the parameters whose names match. Raises UserError for a pattern that matches none."""
+    for pattern in patterns:
+        matched = [tensor for name, tensor in model.named_parameters() if fnmatch(name, pattern)]
+        if not matched:
+            some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+            raise UserError(f"model.frozen: {pattern} matches no parameter: names are like {some}")
+        for tensor in matched:
+            tensor.requires_grad_(False)
+
+
+def micro_batches(recipe: TrainRecipe, layout: Layout) -> tuple[int, int]:
+    """(rows in a micro batch, micro batches of one data rank in a step)."""
+    size = recipe.micro_batch_size
+    if size == "auto":
+        raise UserError("train.micro_batch_size=auto is not built yet: give a number of rows")
+    return size, layout.accumulation(size, recipe.global_batch_size, recipe.gradient_accumulation_steps)
+
+
+def total_steps(recipe: TrainRecipe, rows: int, rows_per_step: int, seq_len: int) -> int:
+    """Optimizer steps of the run; a last step that is not full is filled from the next pass."""
+    if recipe.steps is not None:
+        return recipe.steps
+    if recipe.epochs is not None:
+        return max(1, math.ceil(recipe.epochs * rows / rows_per_step))
+    assert recipe.tokens is not None
+    return math.ceil(recipe.tokens / (rows_per_step * seq_len))
+
+
+def build_schedule(recipe: TrainRecipe, steps: int) -> Schedule:
+    """The learning rate of a run of `steps`."""
+    return Schedule(recipe.schedule, recipe.learning_rate, recipe.min_learning_rate, steps, recipe.warmup, recipe.decay)
+
+
+def build_costs(recipe: Recipe, config: ModelConfig, model: nn.Module, world: World) -> Costs:
+    """What a token costs here, for the figures of metrics.jsonl."""
+    return Costs.of(
+        config,
+        recipe.data.seq_len,
+        trained_parameters=sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
+        recompute=recipe.parallel.recompute,
+        peak_flops=peak_flops(device_name(world.device), recipe.train.precision),
+        gpus=world.size,
+    )

@@ -1,0 +1,342 @@
+"""The one loop: pretraining and fine-tuning, all weights and adapters, one process and a thousand.
+
+Reads like the run: find the parts, restore, step until done, then evaluate, export and report. Arithmetic of a step is
+in `step.py`, files of a checkpoint in `checkpoint.py`, what a run says in `journal.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from trainwright.data.loader import Batch, Loader
+from trainwright.data.prepare import prepare
+from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
+from trainwright.parallel.mesh import join_world
+from trainwright.recipe.schema import Recipe
+from trainwright.train.build import (
+    build_costs,
+    build_model,
+    build_schedule,
+    find_sources,
+    find_template,
+    micro_batches,
+    total_steps,
+)
+from trainwright.train.checkpoint import Checkpoint, Checkpoints, SaveError
+from trainwright.train.evaluate import HeldOut
+from trainwright.train.export import export_model, stop_ids
+from trainwright.train.journal import Journal
+from trainwright.train.nonfinite import NonFinite, account, find_nonfinite
+from trainwright.train.optimizer import build_optimizer, check_optimizer
+from trainwright.train.report import write_report
+from trainwright.train.run import RunResult, check_folder
+from trainwright.train.signals import StopRequest
+from trainwright.train.step import LossScale, StepResult, TrainStep, finite_or_none
+from trainwright.train.trackers import check_tracker
+
+GARBAGE_STEPS = 100  # between collections: Python's own moments would stall one rank and so all
+
+
+def train(recipe: Recipe, *, resume: bool | int | None = None) -> RunResult:
+    """Trains a recipe and returns what came of it; the run's folder holds everything.
+
+    Args:
+        resume: go on from the newest checkpoint (True) or from that of a step; default: what the recipe says.
+
+    Raises:
+        UserError: the recipe, the data, the disk or the training itself need the user. Checkpoints stay.
+    """
+    trainer = Trainer(recipe, resume=resume)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """A run and its parts. Made whole by the constructor, which also restores; `run` does the rest."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool | int | None = None) -> None:
+        settings = recipe.train
+        self.recipe = recipe
+        resume = settings.resume if resume is None else resume
+        self.folder = check_folder(recipe, resume is not False)
+        check_optimizer(settings.optimizer)
+        check_tracker(recipe.tracking.tracker)
+        self.sources = find_sources(recipe.model, recipe.data.seq_len)
+        self.tokenizer = self.sources.tokenizer
+        self.template = find_template(recipe, self.tokenizer)
+        set_deterministic(settings.deterministic)
+        self.world = join_world(recipe.parallel)
+        seed_everything(settings.seed + self.world.data_rank)
+        self._build_data()
+        self._build_model()
+        self.nonfinite = NonFinite(settings.on_nonfinite)
+        self.step = self.tokens = self.supervised_tokens = 0
+        self.loss: float | None = None
+        self.checkpoints = Checkpoints(
+            self.folder.checkpoints,
+            self.world,
+            keep_last=recipe.checkpoint.keep_last,
+            keep_every=recipe.checkpoint.keep_every,
+        )
+        self.checkpoint: Checkpoint | None = None
+        if resume is not False:
+            self._restore(None if resume is True else resume)
+        self.journal = Journal(self.folder, recipe, self.world, total_steps=self.total_steps, step=self.step)
+
+    def _build_data(self) -> None:
+        """Rows, the loader over them, and from their number the length of the run."""
+        recipe, world = self.recipe, self.world
+        vocab_size = self.sources.config.vocab_size
+        data = prepare(recipe, self.tokenizer, vocab_size=vocab_size, progress=world.is_main)
+        self.rows = len(data.train)
+        size, accumulation = micro_batches(recipe.train, world.layout)
+        self.loader = Loader(
+            data.train,
+            micro_batch_size=size,
+            rank=world.data_rank,
+            world_size=world.layout.data_ranks,
+            seed=recipe.train.seed,
+            shuffle=recipe.data.shuffle,
+            accumulation=accumulation,
+            pin_memory=world.device.type != "cpu",
+        )
+        stops = stop_ids(self.tokenizer, self.template)
+        self.held_out = HeldOut(data.validation, recipe.evaluation, world, self.tokenizer, stops)
+        self.total_steps = total_steps(recipe.train, self.rows, self.loader.rows_per_step, recipe.data.seq_len)
+        self.schedule = build_schedule(recipe.train, self.total_steps)
+
+    def _build_model(self) -> None:
+        """The model in its layout, its optimizer, and the step that joins them."""
+        settings = self.recipe.train
+        self.model, self.compute = build_model(self.recipe, self.sources, self.world)
+        self.optimizers = build_optimizer(
+            self.model,
+            settings.optimizer,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        self.loss_scale = LossScale(settings.precision == "fp16")
+        self.take_step = TrainStep(
+            self.model,
+            self.optimizers,
+            self.world,
+            max_grad_norm=settings.max_grad_norm,
+            loss_scale=self.loss_scale,
+            compute=self.compute,
+        )
+        self.costs = build_costs(self.recipe, self.sources.config, self.model, self.world)
+
+    # ---- the run ----
+
+    def run(self) -> RunResult:
+        """Trains to the end, or until a signal asks to stop; then the run's last files."""
+        self._greet()
+        with StopRequest() as stop:
+            if self.step == 0:
+                self._evaluate("before")
+            stopped = self._fit(stop)
+        if stopped:
+            again = f"trainwright train {self.folder.path} --resume"
+            self.journal.say(f"stopped by {stopped} after step {self.step}; resume with: {again}")
+            return self._result(stopped=stopped)
+        self._evaluate("after")
+        model = export_model(
+            self.model,
+            self.folder.model,
+            self.tokenizer,
+            self.template,
+            precision=self.recipe.train.precision,
+            world=self.world,
+        )
+        report = write_report(self.folder) if self.world.is_main else None
+        self.journal.say(f"done: {model} is the model, {report} the report")
+        return self._result(model=model, report=report)
+
+    def _fit(self, stop: StopRequest) -> str | None:
+        """Steps until the run's end; returns the signal's name when one ended it."""
+        with _quiet_garbage():
+            self.clock = time.perf_counter()
+            while self.step < self.total_steps:
+                batches = list(islice(self.loader, self.loader.accumulation))
+                if self._one_step(batches, bool(stop)):
+                    self._save()
+                    return stop.received.name if stop.received else "a signal to another rank"
+                if self._due(self.recipe.evaluation.every):
+                    self._evaluate()
+                if self._due(self.recipe.checkpoint.every) or self.step == self.total_steps:
+                    self._save(may_fail=True)
+                if self._due(GARBAGE_STEPS):
+                    gc.collect(1)
+        return None
+
+    def _one_step(self, batches: list[Batch], stop_asked: bool) -> bool:
+        """One optimizer step and its line; returns whether some rank was asked to stop."""
+        rate = self.schedule.at(self.step)
+        result = self.take_step(batches, rate, stop_asked)
+        if result.finite:
+            self.nonfinite.in_a_row = 0
+        else:
+            self._refused(result, batches)
+        self.loss_scale.update(result.finite)
+        self.step += 1
+        self.tokens += result.tokens
+        self.supervised_tokens += result.supervised_tokens
+        self.loss = finite_or_none(result.loss)
+        self._log(result, rate)
+        return result.stop_asked
+
+    def _refused(self, result: StepResult, batches: list[Batch]) -> None:
+        """A step met NaN or infinity. An overflow of fp16 lowers the loss scale; anything else is looked into."""
+        if math.isfinite(result.loss) and self.loss_scale.value > 1:
+            return
+        world, size = self.world, self.loader.micro_batch_size
+        found = find_nonfinite(
+            self.model,
+            batches,
+            loss_of=self.take_step.probe,
+            row_number=lambda number, row: (number * world.layout.data_ranks + world.data_rank) * size + row,
+        )
+        what = f"the loss is {result.loss}" if not math.isfinite(result.loss) else "a gradient is not finite"
+        kept = (
+            f"{self.checkpoint.path} is the last good checkpoint" if self.checkpoint else "no checkpoint was made yet"
+        )
+        line = account(self.step + 1, what, world.gather(found), kept)
+        self.nonfinite.judge(line)
+        self.journal.say(f"SKIPPED {line}")
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _log(self, result: StepResult, rate: float) -> None:
+        """The step's line, on screen, in metrics.jsonl and in every tracker."""
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        peak, reserved = peak_memory_gib(self.world.device)
+        line: dict[str, Any] = {
+            "step": self.step,
+            "loss": self.loss,
+            "grad_norm": finite_or_none(result.grad_norm),
+            "lr": rate,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            **self.costs.figures(result.tokens, self.loader.rows_per_step, seconds),
+            "peak_memory_gib": peak,
+            "reserved_memory_gib": reserved,
+            "data_wait_seconds": self.loader.take_wait_seconds(),
+        }
+        if not result.finite:
+            line["skipped"] = True
+        self.journal.step(line)
+
+    def _evaluate(self, when: str | None = None) -> None:
+        """The held-out loss; `before` and `after` training also answers to its questions."""
+        figures: dict[str, Any] = self.held_out.loss(self.model, self.compute, self.loader.micro_batch_size)
+        if figures:
+            self.journal.evaluation({"step": self.step, **figures})
+        if when is not None:
+            answers = self.held_out.answers(self.model, self.compute)
+            self.journal.answers(when, {"step": self.step, **figures}, answers)
+        self.clock = time.perf_counter()
+
+    # ---- checkpoints ----
+
+    def _save(self, may_fail: bool = False) -> None:
+        """A checkpoint of this step. One that may fail costs a warning, and the run goes on with the one before."""
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "loader": self.loader.state_dict(),
+            "loss_scale": self.loss_scale.state(),
+            "layout": str(self.world.layout),
+            "ranks": self.world.size,
+        }
+        try:
+            path = self.checkpoints.save(self.step, self._tensors(), state, get_rng_state(self.world.device))
+            self.checkpoint = Checkpoint(self.step, path)
+        except SaveError as error:
+            kept = f"{self.checkpoint.path} is kept" if self.checkpoint else "there is no earlier one"
+            if not may_fail:
+                raise SaveError(f"{error}; {kept}") from None
+            self.journal.say(f"WARNING at step {self.step}: {error}; {kept}, training goes on")
+        self.clock = time.perf_counter()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything of a checkpoint that is a tensor and has a layout: what is trained, and its states."""
+        weights = {f"model.{name}": tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
+        return weights | {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
+
+    def _restore(self, step: int | None) -> None:
+        """Puts the run back to a checkpoint; without any, it starts from its beginning."""
+        found = self.checkpoints.find(step)
+        if found is None:
+            return
+        self.optimizers.create_states()
+        state = self.checkpoints.load(found, self._tensors())
+        self.loader.load_state_dict(state["loader"])
+        self.loss_scale.restore(state["loss_scale"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.supervised_tokens = state["supervised_tokens"]
+        self.checkpoints.set_aside_after(self.step)
+        self.checkpoint = found
+        random = self.checkpoints.random_numbers(found)
+        if random is not None:
+            set_rng_state(random, self.world.device)
+        else:  # a rank that the run did not have before
+            seed_everything(self.recipe.train.seed + self.world.data_rank + self.step)
+
+    # ---- small parts ----
+
+    def _greet(self) -> None:
+        """What runs, in one line, and what may surprise."""
+        rows, say = self.loader.rows_per_step, self.journal.say
+        say(
+            f"{self.folder.path}: {self.sources.config.num_parameters():,} parameters, {self.total_steps} steps of "
+            f"{rows} rows x {self.recipe.data.seq_len} tokens, {self.world.layout} on {self.world.device.type}"
+        )
+        if self.checkpoint is not None:
+            say(f"resumed after step {self.step} from {self.checkpoint.path}")
+        for change in self.journal.changed:
+            say(f"changed since this run began: {change}")
+        if rows > self.rows:
+            say(f"NOTE: the data have {self.rows} rows, so some come more than once in a step of {rows}")
+
+    def _result(self, **more: Any) -> RunResult:
+        return RunResult(
+            folder=self.folder.path,
+            step=self.step,
+            total_steps=self.total_steps,
+            loss=self.loss,
+            evaluation=self.journal.evaluated,
+            checkpoint=self.checkpoint.path if self.checkpoint else None,
+            **more,
+        )
+
+    def close(self) -> None:
+        """Ends threads and files, also after an error."""
+        self.loader.close()
+        self.journal.close()
+
+
+@contextmanager
+def _quiet_garbage() -> Iterator[None]:
+    """Python's collector off, and what lives by now out of its sight."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
