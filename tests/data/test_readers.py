@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainwright.data.readers import DataFile, RowReader, look, place, size
+from trainwright.data.readers import DataFile, RowReader, look, places, size
 from trainwright.errors import UserError
 
 LIMIT = 1 << 20
@@ -130,7 +130,7 @@ def test_a_bad_line_is_reported_with_its_place_and_reading_goes_on(tmp_path: Pat
     found = list(RowReader(file, LIMIT).read(0, size(file, LIMIT)))
     assert [row.row for row in found] == [{"text": "a"}, None, {"text": "b"}]
     assert words in found[1].bad
-    assert place(file, found[1].at) == f"{path} line 3"
+    assert places(file, [found[0].at, found[1].at]) == [f"{path} line 1", f"{path} line 3"]
 
 
 def test_memory_stays_small_however_long_a_line_is(tmp_path: Path) -> None:

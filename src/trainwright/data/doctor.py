@@ -105,6 +105,8 @@ def refuse_empty(name: str, tokens: Mapping[str, int], rows: Mapping[str, int], 
         raise UserError(
             f"data.validation={data.validation} of {tokens.get('documents', 0):,} samples holds out none: raise it"
         )
+    if tokens.get("bad_rows") and not tokens.get("documents"):
+        raise UserError(f"{name} has no good row: {tokens['bad_rows']:,} were skipped, data.on_bad_row=stop says why")
     if not tokens.get("rows"):
         raise UserError(f"{name} holds no sample")
     if rows.get("untrained"):

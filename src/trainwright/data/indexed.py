@@ -10,6 +10,7 @@ Megatron-LM's megatron/core/datasets/indexed_dataset.py.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -91,8 +92,12 @@ class IndexedFile:
         self._lengths = map_file(path, "<i4", HEADER.size, sequences)
         self._offsets = map_file(path, "<i8", HEADER.size + 4 * sequences, sequences)
         self._documents = map_file(path, "<i8", HEADER.size + 12 * sequences, marks)
+        if (self._lengths < 0).any() or (self._offsets < 0).any() or (np.diff(self._documents, prepend=0) < 0).any():
+            raise UserError(f"{path} is damaged: it holds lengths or places below zero")
+        if marks > 1 and self._documents[-1] > sequences:
+            raise UserError(f"{path} is damaged: it marks document {self._documents[-1]} of {sequences} sequences")
         size = Path(f"{prefix}.bin").stat().st_size
-        end = 0 if not sequences else int(self._offsets[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
+        end = int((self._offsets + self._lengths * self.dtype.itemsize).max()) if sequences else 0
         if end > size:
             raise UserError(f"{prefix}.bin has {size} bytes where its index needs {end}: it is cut short")
 
@@ -126,6 +131,23 @@ class IndexedFile:
     def __getitem__(self, document: int) -> NDArray[np.integer]:
         start = int(self.starts[document])
         return self.tokens[start : start + int(self.lengths[document])]
+
+
+def join_indexed(prefixes: Sequence[str | Path], prefix: str | Path) -> None:
+    """Writes the documents of several data sets as one: what `prepare` made as a single pair for Megatron-LM.
+
+    Raises:
+        UserError: they store tokens in different types.
+    """
+    files = [IndexedFile(each) for each in prefixes]
+    kinds = {file.dtype for file in files}
+    if len(kinds) != 1:
+        raise UserError(
+            f"{len(files)} data sets store tokens as {sorted(map(str, kinds))}: only one type can be joined"
+        )
+    with IndexedWriter(prefix, kinds.pop()) as writer:
+        for file in files:
+            writer.add(file.tokens, file.lengths)
 
 
 def map_file(path: Path, dtype: DTypeLike, offset: int, count: int) -> NDArray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -74,16 +74,17 @@ def size(file: DataFile, max_line_bytes: int) -> int:
         return stream.size()
 
 
-def place(file: DataFile, at: int) -> str:
-    """Where byte or row `at` of `file` is, as a person finds it: `data.jsonl line 12`."""
+def places(file: DataFile, ats: Sequence[int]) -> list[str]:
+    """Where rising bytes or rows `ats` of `file` are, as a person finds them: `data.jsonl line 12`."""
     if file.kind not in LINE_KINDS:
-        return f"{file.path} row {at + 1}"
-    line, left = 1, at
+        return [f"{file.path} row {at + 1}" for at in ats]
+    found, line = [], 1
     with Stream(file.path, file.compression) as stream:
-        while left > 0 and (block := stream.read(min(left, BLOCK_BYTES))):
-            line += block.count(b"\n")
-            left -= len(block)
-    return f"{file.path} line {line}"
+        for at in ats:
+            while stream.position < at and (block := stream.read(min(at - stream.position, BLOCK_BYTES))):
+                line += block.count(b"\n")
+            found.append(f"{file.path} line {line}")
+    return found
 
 
 class RowReader:
@@ -102,6 +103,8 @@ class RowReader:
 
     def read(self, start: int, stop: int) -> Iterator[Located]:
         """Rows of the part [start, stop), each with its place; what cannot be read comes as `bad`."""
+        if start >= stop:
+            return iter(())
         if self.file.kind == "parquet":
             return self._parquet_rows(start, stop)
         if self.file.kind not in LINE_KINDS:

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl
 
 from trainwright.data.arithmetic import Arithmetic
 from trainwright.data.formats import BadRow, detect
-from trainwright.data.readers import DataFile, RowReader, look, place
+from trainwright.data.readers import DataFile, RowReader, look, places
 from trainwright.errors import UserError
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _look_for_format(
                     return detect(row, source.columns, source.format)
             except BadRow as error:
                 bad = str(error)
-            first_bad = first_bad or f"{place(file, at)}: {bad}"
+            first_bad = first_bad or f"{places(file, [at])[0]}: {bad}"
         reader.close()
         if first_bad:
             break

@@ -13,6 +13,7 @@ from trainwright.data.cache import cache_folder, digest, only_writer, read_json,
 from trainwright.data.encode import EncodeSettings
 from trainwright.data.pool import plan_parts, tokenize_parts
 from trainwright.data.progress import Progress
+from trainwright.data.readers import places
 from trainwright.data.shards import Shard
 from trainwright.data.sources import Source, resolve
 from trainwright.data.template import load_template
@@ -68,22 +69,25 @@ def tokenize(
                 parts = plan_parts(sources, data.max_line_bytes)
                 with shown.bar("tokenizing", sum(part.bytes for part in parts)) as advance:
                     tokenize_parts(parts, work, tokenizer, folder, data.workers, advance)
-                write_json(done, _summary(folder, sources, parts))
+                write_json(done, _summary(folder, sources, parts, tokenizer))
     summary = read_json(done)
     return TokenSet(folder, key, sources, _shards(folder, sources, summary["parts"]), summary["figures"])
 
 
-def _summary(folder: Path, sources: list[Source], parts: list[Part]) -> dict[str, object]:
+def _summary(folder: Path, sources: list[Source], parts: list[Part], tokenizer: Tokenizer) -> dict[str, object]:
     """Figures of all parts together, and which source each part belongs to."""
     figures: Counter[str] = Counter()
     bad: list[str] = []
     for part in parts:
         found = read_json(part.prefix(folder).with_suffix(".json"))
-        bad += found.pop("bad")
+        if listed := found.pop("bad"):
+            ats, reasons = zip(*listed, strict=True)
+            where = places(sources[part.source].files[part.file], ats)
+            bad += [f"{place}: {reason}" for place, reason in zip(where, reasons, strict=True)]
         _add(figures, found)
     for source in sources:
         for prefix in source.indexed:
-            _add(figures, _count_indexed(Shard(prefix)))
+            _add(figures, _count_indexed(Shard(prefix), tokenizer))
     figures["empty_files"] = sum(source.empty_files for source in sources)
     if bad:
         (folder / "bad_rows.txt").write_text("\n".join(bad) + "\n", encoding="utf-8")
@@ -96,13 +100,20 @@ def _add(figures: Counter[str], more: dict[str, int]) -> None:
     figures["max_id"] = largest
 
 
-def _count_indexed(shard: Shard) -> dict[str, int]:
+def _count_indexed(shard: Shard, tokenizer: Tokenizer) -> dict[str, int]:
     """Figures of a Megatron data set, which no part counted."""
     blocks = range(0, len(shard.tokens), COUNTED_TOGETHER)
+    filled = shard.lengths > 0
+    starts, lengths = shard.starts[filled], shard.lengths[filled]
+    twice = starts[lengths > 1]
     return {
-        "rows": len(shard),
-        "documents": len(shard),
-        "tokens": int(shard.lengths.sum()),
+        "rows": len(starts),
+        "documents": len(starts),
+        "tokens": int(lengths.sum()),
+        "double_bos": int(
+            ((shard.tokens[twice] == tokenizer.bos_id) & (shard.tokens[twice + 1] == tokenizer.bos_id)).sum()
+        ),
+        "missing_eos": int((shard.tokens[starts + lengths - 1] != tokenizer.eos_id).sum()),
         "max_id": max((int(shard.tokens[at : at + COUNTED_TOGETHER].max()) for at in blocks), default=0),
     }
 

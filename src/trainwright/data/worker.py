@@ -20,7 +20,7 @@ from trainwright.data.cache import read_json, write_json
 from trainwright.data.encode import Encoder, EncodeSettings
 from trainwright.data.formats import BadRow, Sample, to_sample
 from trainwright.data.indexed import token_type
-from trainwright.data.readers import LINE_KINDS, RowReader, place
+from trainwright.data.readers import RowReader, places
 from trainwright.data.shards import Document, ShardWriter
 from trainwright.data.sources import Source
 from trainwright.data.tokenizer import Tokenizer, load_tokenizer
@@ -84,12 +84,12 @@ class PartTokenizer:
         """
         prefix = part.prefix(folder)
         figures: Counter[str] = Counter()
-        bad: list[str] = []
+        bad: list[tuple[int, str]] = []
         self.encoder.counts = Counter()
         writer = ShardWriter(prefix, token_type(self.tokenizer.vocab_size))
-        for places, samples in self._batches(part, bad, figures):
+        for ats, samples in self._batches(part, bad, figures):
             documents: list[Document] = []
-            for at, found in zip(places, self.encoder.encode(samples), strict=True):
+            for at, found in zip(ats, self.encoder.encode(samples), strict=True):
                 if isinstance(found, BadRow):
                     self._refuse(part, at, str(found), bad, figures)
                 elif not found.ids:
@@ -101,15 +101,17 @@ class PartTokenizer:
                 figures["documents"] += len(documents)
                 figures["tokens"] += sum(len(document.ids) for document in documents)
                 figures["max_id"] = max(figures["max_id"], *(max(document.ids) for document in documents))
-            if places:
-                progress((places[-1] - part.start) / max(1, part.stop - part.start))
+            if ats:
+                progress((ats[-1] - part.start) / max(1, part.stop - part.start))
         writer.close()
-        write_json(prefix.with_suffix(".json"), {**figures, **self.encoder.counts, "bad": bad})
+        write_json(prefix.with_suffix(".json"), {**figures, **self.encoder.counts, "bad": sorted(bad)})
 
-    def _batches(self, part: Part, bad: list[str], figures: Counter[str]) -> Iterator[tuple[list[int], list[Sample]]]:
+    def _batches(
+        self, part: Part, bad: list[tuple[int, str]], figures: Counter[str]
+    ) -> Iterator[tuple[list[int], list[Sample]]]:
         """Samples of a part in batches, with the places of their rows."""
         source = self.work.sources[part.source]
-        places: list[int] = []
+        ats: list[int] = []
         samples: list[Sample] = []
         characters = 0
         for at, row, problem in self._reader_for(part).read(part.start, part.stop):
@@ -123,13 +125,13 @@ class PartTokenizer:
             figures["rows"] += 1
             if not self.encoder.keeps(sample):
                 continue
-            places.append(at)
+            ats.append(at)
             samples.append(sample)
             characters += sample.characters
             if characters >= BATCH_CHARACTERS or len(samples) >= BATCH_SAMPLES:
-                yield places, samples
-                places, samples, characters = [], [], 0
-        yield places, samples
+                yield ats, samples
+                ats, samples, characters = [], [], 0
+        yield ats, samples
 
     def _reader_for(self, part: Part) -> RowReader:
         file = self.work.sources[part.source].files[part.file]
@@ -139,14 +141,13 @@ class PartTokenizer:
             self._reader = RowReader(file, self.work.max_line_bytes)
         return self._reader
 
-    def _refuse(self, part: Part, at: int, reason: str, bad: list[str], figures: Counter[str]) -> None:
-        file = self.work.sources[part.source].files[part.file]
+    def _refuse(self, part: Part, at: int, reason: str, bad: list[tuple[int, str]], figures: Counter[str]) -> None:
         if not self.work.skip_bad:
-            raise UserError(f"{place(file, at)}: {reason} (data.on_bad_row=skip goes on without such rows)")
+            file = self.work.sources[part.source].files[part.file]
+            raise UserError(f"{places(file, [at])[0]}: {reason} (data.on_bad_row=skip goes on without such rows)")
         figures["bad_rows"] += 1
         if len(bad) < LISTED:
-            where = f"{file.path} byte {at}" if file.kind in LINE_KINDS else place(file, at)
-            bad.append(f"{where}: {reason}")
+            bad.append((at, reason))
 
 
 def main(folder: Path) -> None:
