@@ -12,7 +12,7 @@ _WHERE = {
     "UserError": "trainwright.errors",
     "Recipe": "trainwright.recipe.schema",
     "load_recipe": "trainwright.recipe.load",
-    "load_config": "trainwright.model.checkpoint",
+    "load_config": "trainwright.model.source",
     "load_model": "trainwright.model.checkpoint",
     "save_model": "trainwright.model.checkpoint",
     "Transformer": "trainwright.model.transformer",

@@ -17,40 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainwright.errors import UserError
 from trainwright.model import families, folder
 from trainwright.model.config import ModelConfig, without_adapters
 from trainwright.model.families.family import Family
 from trainwright.model.init import copy_whole
 from trainwright.model.shapes import parameter_shapes
+from trainwright.model.source import load_config, spelled_config
 from trainwright.model.transformer import Transformer
+
+__all__ = ["load_config", "load_model", "load_weights", "materialize", "save_model", "write_weights"]
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "module.")
-
-
-def load_config(
-    source: str | Path | Mapping[str, Any], family: str | None = None, overrides: Mapping[str, Any] | None = None
-) -> ModelConfig:
-    """The tree of a model: from a dict of config.json's keys, a config.json, a folder, a hub id or a named model.
-
-    `overrides` change keys of config.json before it is read. UserError names the file, the value and the fix.
-    """
-    given = source if isinstance(source, Mapping) else _find_config(source)
-    keys = {**given, **(overrides or {})}
-    name = family or keys.pop("trainwright_family", None) or families.detect(keys)
-    keys.pop("trainwright_family", None)
-    try:
-        return families.get(name).from_hf(keys)
-    except KeyError as error:
-        raise UserError(f"config.json has no {error}, which the family {name} needs") from error
-
-
-def _find_config(source: str | Path) -> Mapping[str, Any]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return folder.read_json(path)
-    return folder.read_json(folder.resolve(source) / "config.json")
 
 
 def load_model(
@@ -207,14 +185,6 @@ def write_weights(
     keys = {**spelled_config(config), **_dtype_key(config, saved)}
     _write_json(beside / "config.json", keys)
     _move(beside, target)
-
-
-def spelled_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json of this model: word for word what it came from where that still says the same."""
-    family = families.get(config.family)
-    if config.source and family.from_hf(config.source) == config:
-        return dict(config.source)
-    return {**config.source, **family.to_hf(config)}
 
 
 def _dtype_key(config: ModelConfig, saved: torch.dtype) -> dict[str, str]:

@@ -78,7 +78,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         embed_tokens=EmbeddingConfig(vocab, hidden),
         layers=(layer,) * layers,
         norm=norm,
-        lm_head=HeadConfig(hidden, vocab),
+        lm_head=HeadConfig(hidden, vocab, tied=bool(config.get("tie_word_embeddings", False))),
         max_position_embeddings=config.get("max_sequence_length", 2048),
         prefix=PrefixConfig(
             config["bos_token_id"], config["gmask_token_id"], config.get("mask_token_id"), two_dimensional=True
@@ -103,6 +103,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "layernorm_epsilon": layer.input_layernorm.eps,
         "max_sequence_length": config.max_position_embeddings,
         "position_encoding_2d": True,
+        "tie_word_embeddings": config.lm_head.tied,
         "gmask_token_id": prefix.gmask_token_id,
         "mask_token_id": prefix.mask_token_id,
         **reading.spell_token_ids(config),
