@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 # How families cut text into words before merging, as they published it.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -71,6 +71,15 @@ def ranked_pipeline(ranks: Mapping[bytes, int], words: str) -> Tokenizer:
     alphabet = byte_alphabet()
     vocab = {"".join(alphabet[byte] for byte in token): rank for token, rank in ranks.items()}
     return byte_level_pipeline(vocab, _merges(vocab), [words], ignore_merges=True)
+
+
+def frame_texts(pipeline: Tokenizer, before: Sequence[str], after: Sequence[str] = ()) -> None:
+    """Makes the pipeline put special tokens around every text when asked to (`add_special_tokens`)."""
+    pipeline.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *before, "$B", *after],
+        special_tokens=[(token, pipeline.token_to_id(token)) for token in (*before, *after)],
+    )
 
 
 def _merges(ranks: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -73,7 +73,6 @@ def test_spans_cover_the_text(bpe_pair):
     for text in CORPUS[:5]:
         ids, offsets = ours.encode_spans(text)
         assert ids == ours.encode(text)
-        assert "".join(text[start:end] for start, end in offsets if start < end).startswith(text[:3])
         assert offsets[0][0] == 0
         assert offsets[-1][1] == len(text)
         assert all(before[1] >= after[0] for before, after in itertools.pairwise(offsets))

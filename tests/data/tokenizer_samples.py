@@ -15,6 +15,7 @@ CORPUS = [
     "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(1, 2))  # 3\n",
     "Question: 12 + 30 = 42. 问题：十二加三十等于四十二。\tTabs\tand  double   spaces.",
     "Emoji 😀👩‍👩‍👧 and accents: café naïve Übung, ελληνικά, русский, 日本語のテキスト.",
+    "".join(map(chr, range(33, 127))),
 ] * 20
 
 # Pieces that random text rarely holds: marks of the formats themselves, code, runs of white space, joined emoji.

@@ -1,8 +1,8 @@
 """Text to token ids and back: one `Tokenizer` over every kind of tokenizer file.
 
 Owns finding and reading a tokenizer (`load_tokenizer`), plain and special encoding, decoding, and writing the files
-that transformers' AutoTokenizer reads. Building a pipeline out of sentencepiece, tiktoken or byte vocabularies is in
-`trainwright/vocabulary.py`; chat templates are in `template.py`. Nothing from the folder is executed.
+that transformers' AutoTokenizer reads. Sentencepiece and tiktoken files are read in `tokenizer_files.py`, the
+configuration in `tokenizer_config.py`, chat templates are in `template.py`. Nothing from the folder is executed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,21 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Pipeline
 
+from trainwright.data.tokenizer_config import (
+    SPECIAL_KEYS,
+    add_declared_tokens,
+    content,
+    declare_frame,
+    read_config,
+    read_text,
+    special_frame,
+    stop_ids,
+    write_json,
+)
+from trainwright.data.tokenizer_files import NAMES, read_tokenizer_file
+from trainwright.data.tokenizer_sentencepiece import SentencepiecePipeline
 from trainwright.errors import UserError
 from trainwright.vocabulary import byte_alphabet, byte_level_pipeline
-
-SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # The byte tokenizer's ids: 0..255 are the bytes, then these. One token a role keeps chats short at one token a byte;
 # <|im_start|> and <|im_end|> let it follow ChatML as well.
@@ -40,25 +51,30 @@ class Encoding(NamedTuple):
 class Tokenizer:
     """What the project knows of a tokenizer. Made by `load_tokenizer`.
 
-    `tokenizer_json` is the pipeline in the format of the `tokenizers` library and `config` what stands in
+    `pipeline` is a tokenizer.json's text, or a sentencepiece model that has none; `config` is what stands in
     tokenizer_config.json. `stop_ids` are the ids that end generation: EOS and what generation_config.json adds.
     """
 
-    def __init__(self, tokenizer_json: str, config: dict[str, Any], stop_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self, pipeline: str | SentencepiecePipeline, config: dict[str, Any], stop_ids: Iterable[int] = ()
+    ) -> None:
         self.config = dict(config)
-        self._json = tokenizer_json
-        self._parsing = _read_pipeline(tokenizer_json)
-        if _add_declared_tokens(self._parsing, self.config):
-            self._json = self._parsing.to_str()
-        self._prefix, self._suffix = _special_frame(self._parsing, self.config)
-        # Offsets must cover leading spaces, and a working pipeline adds nothing: the frame above is added here.
-        self._parsing.post_processor = None
-        self._parsing.no_truncation()
-        self._parsing.no_padding()
-        self._plain = Pipeline.from_str(self._parsing.to_str())
+        self._parsing = _read_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
+        changed = add_declared_tokens(self._parsing, self.config)
+        changed |= declare_frame(self._parsing, self.config)
+        self._json = self._parsing.to_str() if changed or not isinstance(pipeline, str) else pipeline
+        self._prefix, self._suffix = special_frame(self._parsing, self.config)
+        if isinstance(self._parsing, SentencepiecePipeline):
+            self._plain: Pipeline | SentencepiecePipeline = self._parsing.copy()
+        else:
+            # Offsets must cover leading spaces, and a working pipeline adds nothing: the frame above is added here.
+            self._parsing.post_processor = None
+            self._parsing.no_truncation()
+            self._parsing.no_padding()
+            self._plain = Pipeline.from_str(self._parsing.to_str())
         self._plain.encode_special_tokens = True
 
-        self.special_tokens = {key: _content(self.config[key]) for key in SPECIAL_KEYS if self.config.get(key)}
+        self.special_tokens = {key: content(self.config[key]) for key in SPECIAL_KEYS if self.config.get(key)}
         self.bos_id = self._named_id("bos_token")
         self.eos_id = self._named_id("eos_token")
         self.pad_id = self._named_id("pad_token")
@@ -119,7 +135,7 @@ class Tokenizer:
         lead = "\n" if start > 0 and self._leads else ""
         encoding = self._plain.encode(lead + text[start:end], add_special_tokens=False)
         for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
-            if last > len(lead):
+            if not lead or last > len(lead):
                 yield token_id, (start + first - len(lead), start + last - len(lead))
 
     @cached_property
@@ -181,7 +197,7 @@ class Tokenizer:
 
         `tokenizer_class` becomes PreTrainedTokenizerFast, whose meaning is "tokenizer.json as it stands". The
         model-specific classes rebuild the pipeline by rules that change between releases, so ids would follow the
-        installed version and not the training.
+        installed version and not the training. A sentencepiece model that no tokenizer.json equals is written as it is.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,9 +206,13 @@ class Tokenizer:
         config.setdefault("clean_up_tokenization_spaces", False)
         if chat_template is not None:
             config["chat_template"] = chat_template
-        (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
-        _write_json(folder / "tokenizer_config.json", config)
-        _write_json(folder / "special_tokens_map.json", self.special_tokens)
+        if isinstance(self._parsing, SentencepiecePipeline):
+            config["tokenizer_class"] = self.config.get("tokenizer_class", "LlamaTokenizer")
+            (folder / self._parsing.name).write_bytes(self._parsing.model)
+        else:
+            (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "special_tokens_map.json", self.special_tokens)
         # Newer readers take this file, older ones the key above.
         written = folder / "chat_template.jinja"
         template = chat_template if chat_template is not None else self.chat_template
@@ -217,14 +237,26 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         raise UserError(f"tokenizer {str(spec)!r} is neither a folder nor a file: give a path, or `byte`")
     if path.name == "tokenizer.json":
         return _load_folder(path.parent)
-    raise UserError(f"{path} is no tokenizer file that is known: give tokenizer.json")
+    return _load_file(path)
 
 
 def _load_folder(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
-    if not file.exists():
-        raise UserError(f"{folder} holds no tokenizer.json")
-    return Tokenizer(_read_text(file), _read_config(folder), _stop_ids(folder))
+    if file.exists():
+        return Tokenizer(read_text(file), read_config(folder), stop_ids(folder))
+    older = [folder / name for name in NAMES if (folder / name).exists()]
+    if not older:
+        raise UserError(f"{folder} holds no tokenizer.json, nor any of {', '.join(NAMES)}")
+    return _load_file(older[0])
+
+
+def _load_file(path: Path) -> Tokenizer:
+    """A sentencepiece or tiktoken file, with the configuration that stands beside it."""
+    config = read_config(path.parent)
+    read = read_tokenizer_file(path, config)
+    pipeline = read.pipeline if isinstance(read.pipeline, SentencepiecePipeline) else read.pipeline.to_str()
+    named = {key: value for key, value in config.items() if value is not None}
+    return Tokenizer(pipeline, {**read.config, **named}, [*stop_ids(path.parent), *read.stop])
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -242,54 +274,6 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(pipeline.to_str(), config)
 
 
-# ---- reading a folder ----
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json with what the neighbouring files add to it."""
-    config = _read_json(folder / "tokenizer_config.json")
-    for key, value in _read_json(folder / "special_tokens_map.json").items():
-        config.setdefault(key, value)
-    if (folder / "chat_template.jinja").exists():
-        config["chat_template"] = _read_text(folder / "chat_template.jinja")
-    elif isinstance(stored := _read_json(folder / "chat_template.json").get("chat_template"), str):
-        config["chat_template"] = stored
-    return config
-
-
-def _stop_ids(folder: Path) -> list[int]:
-    """The ids that generation_config.json, or else config.json, ends at."""
-    for name in ("generation_config.json", "config.json"):
-        found = _read_json(folder / name).get("eos_token_id")
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
-    return []
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, {} where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is broken JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 # ---- the pipeline ----
 
 
@@ -300,55 +284,7 @@ def _read_pipeline(tokenizer_json: str) -> Pipeline:
         raise UserError(f"tokenizer.json cannot be read: {error}") from None
 
 
-def _add_declared_tokens(pipeline: Pipeline, config: dict[str, Any]) -> bool:
-    """Adds tokens that tokenizer_config.json names and tokenizer.json lacks, as AutoTokenizer does. True if any."""
-    known = {token.content for token in pipeline.get_added_tokens_decoder().values()}
-    missing: list[AddedToken] = []
-    declared = config.get("added_tokens_decoder") or {}
-    for _, entry in sorted(declared.items(), key=lambda item: int(item[0])):
-        if _content(entry) not in known:
-            missing.append(_added_token(entry))
-    named = [config[key] for key in SPECIAL_KEYS if config.get(key)]
-    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    named += extra.values() if isinstance(extra, dict) else extra
-    seen = known | {token.content for token in missing}
-    for entry in named:
-        if _content(entry) not in seen:
-            seen.add(_content(entry))
-            missing.append(_added_token(entry if isinstance(entry, dict) else {"content": entry, "special": True}))
-    if missing:
-        pipeline.add_tokens(missing)
-    return bool(missing)
-
-
-def _added_token(entry: dict[str, Any]) -> AddedToken:
-    flags = {key: bool(entry[key]) for key in ("single_word", "lstrip", "rstrip", "special") if key in entry}
-    return AddedToken(entry["content"], normalized=bool(entry.get("normalized", False)), **flags)
-
-
-def _content(token: str | dict[str, Any]) -> str:
-    """A special token's text; tokenizer_config.json writes it bare or as an object."""
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _special_frame(pipeline: Pipeline, config: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Ids put before and after a text by `add_special`."""
-    if "add_bos_token" in config or "add_eos_token" in config:
-        frames: list[list[int]] = []
-        for kind in ("bos", "eos"):
-            token = config.get(f"{kind}_token") if config.get(f"add_{kind}_token") else None
-            token_id = None if token is None else pipeline.token_to_id(_content(token))
-            frames.append([] if token_id is None else [token_id])
-        return frames[0], frames[1]
-    bare = pipeline.encode("a", add_special_tokens=False).ids
-    framed = pipeline.encode("a", add_special_tokens=True).ids
-    if len(framed) == len(bare):
-        return [], []
-    start = next(at for at in range(len(framed)) if framed[at : at + len(bare)] == bare)
-    return framed[:start], framed[start + len(bare) :]
-
-
-def _encode(pipeline: Pipeline, texts: Sequence[str]) -> list[Any]:
+def _encode(pipeline: Pipeline | SentencepiecePipeline, texts: Sequence[str]) -> list[Any]:
     try:
         return pipeline.encode_batch_fast(list(texts), add_special_tokens=False)
     except TypeError:

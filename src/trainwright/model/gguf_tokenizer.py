@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from trainwright.errors import UserError
 from trainwright.vocabulary import (
@@ -21,6 +21,7 @@ from trainwright.vocabulary import (
     USER_DEFINED,
     Piece,
     byte_level_pipeline,
+    frame_texts,
     sentencepiece_pipeline,
 )
 
@@ -53,10 +54,7 @@ def write_tokenizer(values: Mapping[str, Any], folder: Path) -> None:
         raise UserError(f"the GGUF file's tokenizer is a {kind!r}: gpt2 and llama can be imported")
     config = _config(values, tokens)
     if config["add_bos_token"] and "bos_token" in config:
-        bos = config["bos_token"]
-        pipeline.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pipeline.token_to_id(bos))]
-        )
+        frame_texts(pipeline, before=[config["bos_token"]])
     (folder / "tokenizer.json").write_text(pipeline.to_str(pretty=True), encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", config)
     stops = [values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
