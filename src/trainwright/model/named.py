@@ -192,12 +192,7 @@ _GLM_130B = {
 }
 _B7, _B13 = (4096, 11008, 32), (5120, 13696, 40)
 _L7, _L13 = (4096, 11008, 32, 32), (5120, 13824, 40, 40)
-_MIXTRAL: dict[str, Any] = {
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "rope_theta": 1e6,
-    "router_aux_loss_coef": 0.02,
-}
+_MIXTRAL: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
 _MISTRAL = (4096, 14336, 32, 32, 8)
 _QWEN_LICENCE = ("Tongyi Qianwen", "qwen")
 _GPT3 = ("sizes of the paper, no weights", "alpaca")
