@@ -6,8 +6,6 @@ Owns the checks and the order in which a model comes to life. Running the parts 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,7 +22,7 @@ from trainwright.model.checkpoint import load_config, load_weights
 from trainwright.model.config import ModelConfig
 from trainwright.model.folder import resolve
 from trainwright.model.transformer import Transformer, check_learned_positions
-from trainwright.parallel.apply import DTYPES, parallelize
+from trainwright.parallel.apply import DTYPES, Spread, parallelize
 from trainwright.parallel.layout import Layout
 from trainwright.parallel.mesh import World
 from trainwright.planner.hardware import peak_flops
@@ -33,8 +31,6 @@ from trainwright.recipe.schema import Recipe
 from trainwright.recipe.train import TrainRecipe
 from trainwright.train.metrics import Costs
 from trainwright.train.schedule import Schedule
-
-Compute = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -91,8 +87,8 @@ def _padded(vocab_size: int) -> int:
     return -(-vocab_size // 64) * 64
 
 
-def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transformer, Compute]:
-    """The model on its device, in its layout, with its weights; and what a forward pass has to run inside of.
+def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transformer, Spread]:
+    """The model on its device, in its layout, with its weights; and how it is spread.
 
     Built on the meta device, so that no rank ever holds more than its share; weights come last.
     """
@@ -103,12 +99,13 @@ def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transfo
     freeze(model, recipe.model.frozen)
     master = torch.float32 if settings.master_weights else DTYPES[settings.precision]
     model.to(master)
-    compute = parallelize(
+    spread = parallelize(
         model,
         world,
+        recipe.parallel,
         precision=settings.precision,
-        recompute=recipe.parallel.recompute,
         compile_layers=world.device.type != "cpu" if settings.compile == "auto" else settings.compile,
+        seq_len=recipe.data.seq_len,
     )
     model.to_empty(device=world.device)
     model.tie_weights()
@@ -117,7 +114,7 @@ def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transfo
         load_weights(model, sources.folder)
     else:
         model.init_weights(settings.seed)
-    return model.train(), compute
+    return model.train(), spread
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:

@@ -118,7 +118,8 @@ class Trainer:
     def _build_model(self) -> None:
         """The model in its layout, its optimizer, and the step that joins them."""
         settings = self.recipe.train
-        self.model, self.compute = build_model(self.recipe, self.sources, self.world)
+        self.model, spread = build_model(self.recipe, self.sources, self.world)
+        self.compute = spread.compute
         self.optimizers = build_optimizer(
             self.model,
             settings.optimizer,
