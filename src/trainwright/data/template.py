@@ -12,13 +12,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from trainwright.data.template_jinja import Message, variables_of
-from trainwright.data.template_turns import Rendering, TurnFinder
+from trainwright.data.template_turns import Rendering, Turn, TurnFinder
 from trainwright.data.tokenizer import Tokenizer
 from trainwright.errors import UserError
 
@@ -98,20 +99,19 @@ class Template:
             raise UserError("conversation has no assistant message: nothing would be trained")
         trained = [loss_on == "all"] * len(ids)
         stops: list[int] = []
-        at = 0
+        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
         for turn in turns:
-            while at < len(ids) and offsets[at][1] <= turn.start:
-                at += 1
-            first = at
-            while at < len(ids) and offsets[at][0] < turn.end:
-                trained[at] = trained[at] or _belongs(rendering.text, offsets[at], turn.start, turn.end)
-                at += 1
+            first = bisect_left(ends, turn.start)
+            while (
+                first < len(ids) and starts[first] < turn.start and not _belongs(rendering.text, offsets[first], turn)
+            ):
+                first += 1
+            after = bisect_left(starts, turn.end, lo=first)
+            trained[first:after] = [True] * (after - first)
             if not turn.closed:
-                self._close(ids, trained, stops, at, loss_on)
-            elif not any(trained[first:at]):
-                raise UserError(
-                    f"chat template {self.name}: an answer has no token of its own, so it cannot be trained"
-                )
+                self._close(ids, trained, stops, after, loss_on)
+            elif first == after:
+                raise UserError(f"chat template {self.name}: an answer has no token of its own to train")
         return EncodedSample(ids, trained, tuple(stops))
 
     def _close(self, ids: list[int], trained: list[bool], stops: list[int], at: int, loss_on: LossOn) -> None:
@@ -144,15 +144,13 @@ class Template:
         return ids, offsets
 
 
-def _belongs(text: str, offset: tuple[int, int], start: int, end: int) -> bool:
-    """Whether a token that overlaps an answer counts as part of it.
+def _belongs(text: str, end: int, turn: Turn) -> bool:
+    """Whether a token that starts before an answer and reaches to `end` counts as part of it.
 
     A token over the border (the header's newline joined with the answer's) belongs to the side that its letters are
     on; white space alone is the header's.
     """
-    if start <= offset[0] and offset[1] <= end:
-        return True
-    return bool(text[max(offset[0], start) : min(offset[1], end)].strip())
+    return bool(text[turn.start : end].strip())
 
 
 def shipped_templates() -> list[str]:
