@@ -102,9 +102,7 @@ class Template:
         starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
         for turn in turns:
             first = bisect_left(ends, turn.start)
-            while (
-                first < len(ids) and starts[first] < turn.start and not _belongs(rendering.text, offsets[first], turn)
-            ):
+            while first < len(ids) and starts[first] < turn.start and not _belongs(rendering.text, ends[first], turn):
                 first += 1
             after = bisect_left(starts, turn.end, lo=first)
             trained[first:after] = [True] * (after - first)
