@@ -153,3 +153,9 @@ def batches(count: int, micro_batch: int, length: int, seed: int, *, prompts: bo
         Rows(*(torch.cat([getattr(row, name) for row in rows[i : i + micro_batch]]) for name in names))
         for i in range(0, len(rows), micro_batch)
     ]
+
+
+def inputs(batch: Rows, name: str) -> dict[str, Tensor]:
+    """What the model of this name takes: GLM reads its positions from the tokens."""
+    kept = vars(batch)
+    return {key: value for key, value in kept.items() if name != "glm" or key != "position_ids"}

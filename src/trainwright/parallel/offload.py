@@ -1,0 +1,158 @@
+"""Activations in host memory between forward and backward, copied while the device computes.
+
+Owns which tensors travel, the two copy streams and the order of their return: when a layer's backward pass begins, the
+tensors of the layer before it are already on their way. With full recompute what travels is each layer's input, which
+is how rows of a million tokens fit. Weights stay where they are; optimizer states in host memory are `shard.py`'s.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+MIN_BYTES = 2**16
+"""Smaller tensors stay: their copies cost more than their room."""
+
+
+def apply_offload(layers: Iterable[nn.Module], device: torch.device) -> Host:
+    """Makes every layer but the last keep what its backward pass needs in host memory, in place.
+
+    The last layer's backward pass comes at once. Call it after recompute was applied, so that it sees what is kept.
+    """
+    host = Host(device)
+    layers = list(layers)
+    for number, layer in enumerate(layers[:-1]):
+        layer.forward = _Away(layer, layer.forward, host, first=number == 0)
+    return host
+
+
+class _Away:
+    """A layer's forward whose saved tensors travel."""
+
+    def __init__(self, layer: nn.Module, inner: Any, host: Host, *, first: bool) -> None:
+        self.layer, self.inner, self.host, self.first = layer, inner, host, first
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.inner(*args, **kwargs)
+        trip = self.host.begin(self.layer, self.first)
+        with torch.autograd.graph.saved_tensors_hooks(trip.pack, trip.unpack):
+            result = self.inner(*args, **kwargs)
+        trip.sources.clear()
+        return result
+
+
+class Host:
+    """The two copy streams of a device. On a CPU copies are made where they are, which shows that nothing is lost."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        streams = device.type != "cpu"
+        self.out = torch.Stream(device=device) if streams else None
+        self.back = torch.Stream(device=device) if streams else None
+        self.bytes = 0  # that have travelled
+        self._latest: weakref.ref[Trip] | None = None
+        self._regathers: dict[nn.Module, bool] = {}
+
+    def regathers(self, layer: nn.Module) -> bool:
+        """Whether a part inside `layer` has its weights gathered on its own."""
+        if layer not in self._regathers:
+            self._regathers[layer] = any(isinstance(m, FSDPModule) for m in layer.modules() if m is not layer)
+        return self._regathers[layer]
+
+    def begin(self, layer: nn.Module, first: bool) -> Trip:
+        """The saved tensors of one layer in one forward pass, linked to those of the layer before."""
+        before = self._latest() if self._latest is not None and not first else None
+        trip = Trip(self, layer, before)
+        self._latest = weakref.ref(trip)
+        return trip
+
+
+@dataclass
+class _Held:
+    """One tensor: on the way out, in host memory, on the way back."""
+
+    host: Tensor
+    gone: Any = None
+    back: Tensor | None = None
+    arrived: Any = None
+
+
+class Trip:
+    """What one layer saved in one forward pass."""
+
+    def __init__(self, host: Host, layer: nn.Module, before: Trip | None) -> None:
+        self.host, self.layer, self.before = host, layer, before
+        self.held: dict[tuple[Any, ...], _Held] = {}
+        self.weights: set[int] = set()
+        # While the layer runs, what was sent stays: else its memory could come again with another tensor of one key.
+        self.sources: list[Tensor] = []
+        self.fetched = False
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Sends a tensor away; one that several operations save travels once."""
+        if tensor.device.type != self.host.device.type or tensor.nbytes < MIN_BYTES or 0 in tensor.stride():
+            return tensor
+        if type(tensor) is not Tensor or self._is_weight(tensor):
+            return tensor
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor._version)
+        key = (*place, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if key not in self.held:
+            self.held[key] = self._send(tensor)
+            self.sources.append(tensor)
+        return self.held[key]
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        """Whether it is a view of a weight, gathered or not. Experts are gathered while the layer runs already."""
+        if not self.weights or self.host.regathers(self.layer):
+            local = (p.to_local() if isinstance(p, DTensor) else p for p in self.layer.parameters())
+            self.weights = {p.untyped_storage().data_ptr() for p in local}
+        return tensor.untyped_storage().data_ptr() in self.weights
+
+    def unpack(self, packed: Any) -> Tensor:
+        """Brings it back. The first question calls all of the layer, and all of the layer before it."""
+        if not isinstance(packed, _Held):
+            return packed
+        self.fetch()
+        if self.before is not None:
+            self.before.fetch()
+            self.before = None
+        assert packed.back is not None
+        if packed.arrived is not None:
+            torch.accelerator.current_stream(self.host.device).wait_event(packed.arrived)
+        return packed.back
+
+    def _send(self, tensor: Tensor) -> _Held:
+        self.host.bytes += tensor.nbytes
+        if self.host.out is None:
+            return _Held(tensor.clone())
+        there = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        self.host.out.wait_stream(torch.accelerator.current_stream(self.host.device))
+        with self.host.out:
+            there.copy_(tensor, non_blocking=True)
+            gone = self.host.out.record_event()
+        tensor.record_stream(self.host.out)  # the allocator keeps the memory until the copy is done
+        return _Held(there, gone)
+
+    def fetch(self) -> None:
+        """Starts all copies back, once."""
+        if self.fetched:
+            return
+        self.fetched = True
+        for held in self.held.values():
+            if self.host.back is None:
+                held.back = held.host
+                continue
+            self.host.back.wait_event(held.gone)
+            with self.host.back:
+                held.back = held.host.to(self.host.device, non_blocking=True)
+                held.arrived = self.host.back.record_event()
+            held.back.record_stream(torch.accelerator.current_stream(self.host.device))
+        self.held.clear()
