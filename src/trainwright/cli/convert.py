@@ -12,14 +12,19 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="a .gguf file")],
+    file: Annotated[Path, typer.Argument(help="a .gguf file, or a folder of .bin files")],
     folder: Annotated[Path, typer.Argument(help="the new Hugging Face folder")],
     dtype: Dtype = "float32",
 ) -> None:
-    """Turns a GGUF file into a Hugging Face folder: config, safetensors, tokenizer, chat template."""
-    from trainwright.model.gguf import import_gguf
+    """Turns a GGUF file, or a folder of torch pickles (nothing in them is run), into a Hugging Face folder."""
+    if file.is_dir():
+        from trainwright.model.pickles import import_pickles
 
-    import_gguf(file, folder, dtype=dtype)
+        import_pickles(file, folder)
+    else:
+        from trainwright.model.gguf import import_gguf
+
+        import_gguf(file, folder, dtype=dtype)
     print(f"wrote {folder}; train it with: model.path={folder}")
 
 

@@ -6,9 +6,6 @@ Owns the copying between published tensors and ours. Never holds a second copy o
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainwright.model import families, folder
+from trainwright.model import families, folder, store
 from trainwright.model.config import ModelConfig, without_adapters
 from trainwright.model.families.family import Family
 from trainwright.model.init import copy_whole
@@ -177,20 +174,15 @@ def write_weights(
         for _ in _published(family, config, whole, dtype):
             pass
         return
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    saved = _write_shards(_published(family, config, whole, dtype), beside, int(shard_gib * 2**30))
-    keys = {**spelled_config(config), **_dtype_key(config, saved)}
-    _write_json(beside / "config.json", keys)
-    _move(beside, target)
+    made = store.beside(Path(path))
+    saved = store.write_shards(_published(family, config, whole, dtype), made, int(shard_gib * 2**30))
+    store.write_json(made / "config.json", {**spelled_config(config), **_dtype_key(config, saved)})
+    store.finish(made, Path(path))
 
 
-def _dtype_key(config: ModelConfig, saved: torch.dtype) -> dict[str, str]:
+def _dtype_key(config: ModelConfig, saved: str) -> dict[str, str]:
     key = "dtype" if "dtype" in config.source else "torch_dtype"
-    spelled = str(saved).removeprefix("torch.")
-    return {} if not config.source.get(key) and saved == torch.float32 else {key: spelled}
+    return {} if not config.source.get(key) and saved == "float32" else {key: saved}
 
 
 def _published(
@@ -204,68 +196,3 @@ def _published(
         yield from ((family.prefixes[0] + name, tensor) for name, tensor in zip(weight.theirs, theirs, strict=True))
     for name, make in family.constants(config).items():
         yield name, make().to(last)
-
-
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], target: Path, limit: int) -> torch.dtype:
-    """Fills files up to `limit` bytes; -> the dtype of the first tensor. Names need the number of files, so they come
-    last."""
-    from safetensors.torch import save_file
-
-    shards: list[tuple[Path, list[str]]] = []
-    batch: dict[str, Tensor] = {}
-    size = total = 0
-    dtype: torch.dtype | None = None
-
-    def flush() -> None:
-        nonlocal batch, size
-        file = target / f"{len(shards)}.part"
-        save_file(batch, str(file), metadata={"format": "pt"})
-        shards.append((file, list(batch)))
-        batch, size = {}, 0
-
-    for name, tensor in tensors:
-        dtype = dtype or tensor.dtype
-        if batch and size + tensor.nbytes > limit:
-            flush()
-        batch[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    index: dict[str, str] = {}
-    for number, (file, names) in enumerate(shards, 1):
-        name = folder.SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file.rename(target / name)
-        _sync(target / name)
-        index |= dict.fromkeys(names, name)
-    if len(shards) > 1:
-        table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-        _write_json(target / folder.INDEX, table)
-    return dtype or torch.float32
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(file)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _move(beside: Path, target: Path) -> None:
-    """Renames the finished folder; into a folder that exists, file by file, and old weights that remain are removed."""
-    if not target.exists():
-        beside.rename(target)
-    else:
-        names = {file.name for file in beside.iterdir()}
-        for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, target / file.name)
-        for old in [*target.glob("model*.safetensors"), target / folder.INDEX]:
-            if old.name not in names:
-                old.unlink(missing_ok=True)
-        beside.rmdir()
-    _sync(target.parent)

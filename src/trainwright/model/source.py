@@ -22,12 +22,24 @@ def load_config(
     `overrides` change keys of config.json before it is read. UserError names the file, the value and the fix.
     """
     told, given = _find(source)
-    keys = {**given, **(overrides or {})}
+    keys = _Keys({**given, **(overrides or {})})
     found = families.get(family or told or families.detect(keys))
     try:
         return found.from_hf(keys)
     except KeyError as error:
         raise UserError(f"config.json has no {error}, which the family {found.name} needs") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"config.json cannot be read as one of the family {found.name}: {error}") from error
+
+
+class _Keys(dict[str, Any]):
+    """A key that is null is a key that is not there."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if value is None:
+            raise KeyError(key)
+        return value
 
 
 def _find(source: str | Path | Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
