@@ -81,17 +81,18 @@ class FrozenWeight(nn.Module):
         """The whole weight in full precision, for a save. Every rank of a sharded model calls it."""
         if self.kind is not None:
             raise UserError(
-                f"these weights are kept in {self.kind}, and a model saved from them would be worse than its base: save "
-                "the adapter, and merge it into the base with `trainwright convert merge`"
+                f"these weights are kept in {self.kind}, and a model saved from them would be worse than its base: "
+                "save the adapter, and merge it into the base with `trainwright convert merge`"
             )
         return gathered(self.weight)
 
     @torch.no_grad()
     def whole_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the forward pass sees it, [..., out, in]."""
+        """The weight as the forward pass sees it, [..., out, in]; gathered where it is sharded."""
+        pieces = [gathered(piece) for piece in self.pieces]
         if self.kind is None:
-            return self.weight.to(dtype)
-        return quantized.dequantize(self.kind, self.pieces, self.weight_shape[-1], dtype)
+            return pieces[0].to(dtype)
+        return quantized.dequantize(self.kind, pieces, self.weight_shape[-1], dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`to(dtype)` leaves scales and adapters float32: absmax in bf16 would be another weight."""

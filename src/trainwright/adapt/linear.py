@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trainwright.adapt import ops
 from trainwright.adapt.frozen import FrozenExperts, FrozenLinear, gathered
 from trainwright.model.config import LinearConfig
+from trainwright.model.init import copy_whole
 from trainwright.model.kernels.grouped import grouped_linear
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ class LoraLinear(FrozenLinear):
 
     @torch.no_grad()
     def start_magnitude(self) -> None:
-        """DoRA begins at the lengths of the base's rows. Call when weights, A and B are there."""
+        """DoRA begins at the lengths of the base's rows. Call when the weights are there, on every rank."""
         if self.magnitude is not None:
-            self.magnitude.copy_(self.row_norms())
+            copy_whole(self.magnitude, torch.linalg.vector_norm(self.whole_weight(torch.float32), dim=1))
 
 
 class LoraExperts(FrozenExperts):
