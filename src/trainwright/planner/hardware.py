@@ -4,9 +4,9 @@ Owns the table of cards (peaks, memory, bandwidth, links) that MFU divides by an
 `Cluster`: so many of one card, in nodes, with stated links. How much of a peak is reached is `calibration.py`'s.
 
 Sources: the maker's datasheet of each card. A100: nvidia-a100-datasheet-us-2188504. H100/H200: the H100 and H200 tensor
-core GPU datasheets. RTX 3090/4090: the GA102 and Ada whitepapers (tensor peaks with float32 accumulation). V100, T4, A10,
-A30, A40, L4, L40, L40S, A6000, B200: their datasheets. MI250X, MI300X, MI325X: AMD's data sheets. BI-V100/BI-V150:
-Iluvatar's product pages and press, which say 64 GB HBM2e and 64 GB/s between cards; bandwidth and peak are the press's.
+core GPU datasheets. RTX 3090/4090: the GA102 and Ada whitepapers (tensor peaks with float32 accumulation). V100, T4,
+A10, A30, A40, L4, L40, L40S, A6000, B200: their datasheets. MI250X, MI300X, MI325X: AMD's data sheets. BI-V100 and
+BI-V150: Iluvatar's product pages and press (64 GB HBM2e, 64 GB/s between cards); bandwidth and peak are the press's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass, replace
 
 from trainwright.errors import UserError
 
 TERA = 1e12
+GIGA = 1e9
 GIB = 2**30
 
 
@@ -158,6 +161,36 @@ def cpu_card() -> Card:
         memory = 16.0
     peak = cores * CPU_CORE_TFLOPS
     return Card("CPU", ("cpu",), peak, peak, None, peak, memory, CPU_BANDWIDTH, 5.0, switched=False)
+
+
+def cluster_of(
+    gpu: str,
+    gpus: int | None = None,
+    *,
+    memory_gib: float | None = None,
+    gpus_per_node: int | None = None,
+    node_link: float | None = None,
+) -> Cluster:
+    """A cluster from what a user says. Raises UserError for what cannot be."""
+    card = card_named(gpu, memory_gib)
+    count = 1 if gpus is None else gpus
+    in_node = gpus_per_node or min(8, count)
+    if not 1 <= count <= 1_000_000 or in_node < 1:
+        raise UserError(f"--gpus {count} in nodes of {in_node}: use at least 1 of each, and at most a million")
+    return Cluster(card, count, in_node, node_link or Cluster.node_link)
+
+
+def this_machine(gpus: int | None = None, memory_gib: float | None = None) -> Cluster:
+    """The cards that nvidia-smi lists, else the processor."""
+    names: list[str] = []
+    if program := shutil.which("nvidia-smi"):
+        command = [program, "--query-gpu=name", "--format=csv,noheader"]
+        try:
+            names = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.splitlines()
+        except (OSError, subprocess.SubprocessError):
+            names = []
+    name = next((name.strip() for name in names if find_card(name)), "cpu")
+    return cluster_of(name, gpus or (len(names) if name != "cpu" else 1), memory_gib=memory_gib)
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:

@@ -1,15 +1,14 @@
 """How much of a card's peaks is reached: shares of the datasheet figures, one YAML file a card. No torch.
 
-Owns the files' meaning and which file is taken: one that `trainwright doctor --measure` wrote for this very card, else the
-shipped one of its name, else the shipped one of its nearest relative, said so in `Calibration.source`.
+Owns the files' meaning and which file is taken: one that `trainwright doctor --measure` wrote for this very card, else
+the shipped one of its name, else the shipped one of its nearest relative, said so in `Calibration.source`.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -52,7 +51,9 @@ class Calibration:
     matmul: dict[str, float]
     attention: dict[str, AttentionEfficiency]
     measured: bool = False
-    half_depth: float = 200.0
+    half_depth: float = 120.0
+    half_area: float = 1.5e6
+    """A product with so many elements of output fills half of the card."""
     bandwidth: float = 0.85
     link: float = 0.75
     node_link: float = 0.80
@@ -71,7 +72,6 @@ class Calibration:
         known = self.attention.get(backend) or self.attention["flash"]
         half = known.half_length_backward if backward else known.half_length
         return (known.backward if backward else known.forward) * length / (length + half)
-
 
 
 def own_folder() -> Path:
@@ -103,7 +103,9 @@ def read_calibration(path: Path) -> Calibration:
         raise UserError(f"{path}: cannot be read as a calibration: {error}") from None
     known = {item.name for item in fields(Calibration)}
     if not isinstance(values, dict) or set(values) - known or {"card", "source", "matmul", "attention"} - set(values):
-        raise UserError(f"{path}: a calibration has the keys {', '.join(sorted(known))}: write it with doctor --measure")
+        raise UserError(
+            f"{path}: a calibration has the keys {', '.join(sorted(known))}: write it with doctor --measure"
+        )
     attention = {name: AttentionEfficiency(**shares) for name, shares in values.pop("attention").items()}
     return Calibration(attention=attention, **values)
 

@@ -1,0 +1,49 @@
+"""From a recipe and a cluster to a `Job`: the model's tree with its adapters, the layout, the batch. No torch.
+
+Owns the same steps that training takes before it builds (`train/build.py`), without its tokenizer and weights.
+"""
+
+from __future__ import annotations
+
+from trainwright.adapt.rewrite import adapted_config
+from trainwright.model.config import ModelConfig
+from trainwright.model.source import load_config
+from trainwright.parallel.layout import Layout
+from trainwright.planner.calibration import Calibration, load_calibration
+from trainwright.planner.hardware import Cluster
+from trainwright.planner.job import Job
+from trainwright.planner.program import Program, own_program
+from trainwright.recipe.schema import Recipe
+
+
+def model_config(recipe: Recipe) -> ModelConfig:
+    """The tree that training builds: sizes, adapters, fewer bits."""
+    model = recipe.model
+    config = load_config(model.path or model.config or {}, model.family, model.overrides)
+    return adapted_config(config, recipe.adapter, recipe.quantize, getattr(recipe, "quantize_tables", None))
+
+
+def build_job(
+    recipe: Recipe,
+    cluster: Cluster,
+    *,
+    config: ModelConfig | None = None,
+    program: Program | None = None,
+    calibration: Calibration | None = None,
+    micro_batch: int | None = None,
+) -> Job:
+    """Puts a job together; `micro_batch` stands in where the recipe says auto (default 1)."""
+    layout = Layout.of(recipe.parallel, cluster.gpus)
+    size = recipe.train.micro_batch_size
+    rows = micro_batch or (size if isinstance(size, int) else 1)
+    accumulation = layout.accumulation(rows, recipe.train.global_batch_size, recipe.train.gradient_accumulation_steps)
+    return Job(
+        recipe,
+        config or model_config(recipe),
+        layout,
+        cluster,
+        calibration or load_calibration(cluster.card),
+        program or own_program(recipe, cluster.card, cluster.gpus),
+        rows,
+        accumulation,
+    )

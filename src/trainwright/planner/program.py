@@ -1,0 +1,199 @@
+"""How a program does the work: what it keeps, copies, casts and overlaps, as a few numbers with reasons. No torch.
+
+Owns the description of our own program (a function of the recipe and the device, in step with `model/kernels/`,
+`train/` and `parallel/`) and the shape of the description of other programs, whose published tables are estimated too
+(`bench/published/*.yaml`, key `program`). What the numbers add up to is `memory.py`'s and `speed.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from trainwright.errors import UserError
+from trainwright.planner.hardware import Card
+from trainwright.recipe.schema import Recipe
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+# Bytes of optimizer state for each trained parameter, in units of the state's own type.
+MOMENTS = {"adamw": 2.0, "adamw8bit": 0.0, "adafactor": 0.0, "lion": 1.0, "muon": 1.0, "sgd": 0.0}
+
+
+@dataclass(frozen=True)
+class Program:
+    """Sizes are bytes an element unless said otherwise."""
+
+    name: str = "trainwright"
+
+    # ---- states, a parameter
+    compute: int = 2
+    """What matrices are multiplied in."""
+    trained: int = 4
+    """A trained weight as it stays on the device."""
+    frozen: int = 2
+    """A frozen weight that is not quantized."""
+    outer: int = 0
+    """A frozen token table or head that is not quantized; 0: like other frozen weights."""
+    cast: int = 0
+    """A copy of every weight in the compute type through forward and backward (autocast's cache on one device)."""
+    master: int = 0
+    """A float32 copy inside the optimizer (the mixed-precision optimizers of DeepSpeed, Megatron, Paddle)."""
+    gradient: int = 4
+    """A gradient as it waits for the optimizer."""
+    moment: int = 4
+    """One of the optimizer's moments."""
+    reduce: int = 4
+    """A gradient while it is summed over ranks."""
+    weights_sharded_from: int = 1
+    """The ZeRO stage from which weights are sharded between steps. FSDP: always; then below 3 a gathered copy in the
+    compute type lives through the step."""
+
+    gradients_sharded_from: int = 2
+    """The ZeRO stage from which gradients are sharded while micro batches accumulate."""
+
+    # ---- what a layer keeps for its backward pass
+    stream: int = 2
+    """The residual stream, kept by each norm."""
+    norm: int = 0
+    """What a norm keeps beside its input and output, an element of the stream (float32 copies, where not fused)."""
+    normed: int = 2
+    """A norm's output, kept by the matrices that read it."""
+    normed_inner: int = 2
+    """The same of the norm before the MLP."""
+    queries: int = 2
+    """Queries, keys and values as attention keeps them."""
+    rotary: int = 0
+    """What rotation keeps of queries and keys beside them."""
+    scores: int = 0
+    """Attention scores that are kept; 0 where attention never holds them (flash)."""
+    inner: int = 6
+    """The MLP's inner width: gate, up and their product."""
+    plain_inner: int = 4
+    """The same of an MLP without gate: before and after the activation."""
+    sequence_parallel: bool = True
+    """Whether tensor parallel ranks share out norms and stream."""
+
+    # ---- what lives for a moment
+    inner_work: int = 4
+    """Gradients in a layer's backward pass, an element of the MLP's inner width."""
+    stream_work: int = 8
+    """The same of the stream."""
+    scores_work: int = 0
+    """Scores and their gradients while one layer's attention runs backward; 0 for flash."""
+    quantized_work: int = 2
+    """A quantized weight while it is multiplied, unpacked, an element of the largest matrix."""
+    logits: float = 10
+    """A logit at the peak of the loss."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at once; 0: all of the micro batch."""
+    head_work: int = 8
+    """What the loss holds beside its gradient, an element of a trained head."""
+    optimizer_work: int = 0
+    """A trained parameter of this rank's shard while the optimizer steps."""
+
+    # ---- communication
+    gathered_layers: float = 3.0
+    """Layers whose whole weights exist at once under ZeRO-3, in the compute type."""
+    reducing_layers: float = 2.0
+    """Layers whose whole gradients exist at once, in the type they are summed in."""
+    outer_gathered: bool = True
+    """Whether embedding and head stay gathered from forward to backward."""
+    bucket_gib: float = 0.0
+    """Fixed communication buffers, all together."""
+    reserved: float = 1.04
+    """What the allocator takes for what it gives while there is room: rounding and fragments, a share."""
+    slack: float = 1.02
+    """What it cannot do without when the card is nearly full."""
+    context_gib: float = 0.0
+    """What the driver and loaded kernels take; 0: the calibration's figure."""
+    workspace_gib: float = 0.03
+    """Workspaces of matrix libraries."""
+
+    # ---- speed
+    attention: str = "cudnn"
+    """Which row of the calibration's attention table."""
+    stream_traffic: float = 36.0
+    """Bytes moved by a layer's forward and backward, an element of the stream, beside matrices and attention."""
+    inner_traffic: float = 18.0
+    """The same of the MLP's inner width."""
+    scores_traffic: float = 0.0
+    """The same of attention scores; 0 for flash."""
+    logits_traffic: float = 34.0
+    """The same of logits."""
+    head_traffic: float = 0.0
+    """The same of a trained head's weight, each time that a chunk of the loss adds to its gradient."""
+    unpack_passes: float = 1.0
+    """How often a quantized weight's bytes, packed and unpacked, move to make it ready for one product."""
+    kernels: int = 60
+    """Kernels that a layer starts, forward and backward: host time bounds small models."""
+    recompute: float = 1.0
+    """Time of a recomputed forward pass, relative to the first one."""
+    matmul: float = 1.0
+    """Share of the calibration's matmul figure that this program reaches."""
+    step_seconds: float = 0.0
+    """Fixed time of an optimizer step."""
+    optimizer_seconds: float = 0.0
+    """Seconds for each 1e9 parameters of a rank's shard in the optimizer, beside memory traffic."""
+    overlap: float = 1.0
+    """Share of the calibration's overlap that this program reaches; 0: communication hides behind nothing."""
+
+    def with_values(self, values: Mapping[str, Any]) -> Program:
+        """Changed fields, by name. Raises UserError for a name that is none."""
+        unknown = set(values) - {item.name for item in fields(self)}
+        if unknown:
+            raise UserError(f"program.{min(unknown)} is no property of a program: see planner/program.py")
+        return replace(self, **values)
+
+
+# Float32 logits that exist at once, in bytes: `model/kernels/cross_entropy.py` chooses its chunks by it.
+LOGIT_CHUNK_BYTES = {"cpu": 96 << 20, "gpu": 512 << 20}
+
+
+def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
+    """Our own program for a recipe. Each number says where in the code it comes from."""
+    train = recipe.train
+    compute = BYTES[train.precision]
+    wide = 4 if train.master_weights or train.precision == "fp32" else compute
+    alone = world_size == 1
+    cpu = card.name == "CPU"
+    compiled = train.compile is True or (train.compile == "auto" and not cpu)
+    # On one device autocast casts the float32 weights once and keeps the copies until the step's backward is done.
+    autocast = alone and wide != compute
+    return Program(
+        compute=compute,
+        trained=wide,
+        frozen=compute,
+        cast=compute if autocast else 0,
+        gradient=wide,
+        moment=wide,
+        stream=4 if autocast else compute,
+        normed=compute,
+        # A compiled layer computes the MLP's norm and the product of gate and up again, both without matrices.
+        normed_inner=0 if compiled else compute,
+        queries=compute,
+        inner=(2 if compiled else 3) * compute,
+        plain_inner=2 * compute,
+        inner_work=2 * compute,
+        stream_work=4 * compute,
+        attention="cudnn" if recipe.model.attention in ("auto", "cudnn") else "flash",
+        loss_chunk=train.loss_chunk,
+        # Compiled layers fuse norms, rotation, activation and residuals into a few passes (`benchmarks/floor.py`).
+        stream_traffic=(50.0 if compiled else 400.0) * compute / 2,
+        inner_traffic=(18.0 if compiled else 50.0) * compute / 2,
+        head_traffic=12.0,
+        recompute=1.75 if compiled else 1.0,
+        kernels=40 if compiled else 90,
+        workspace_gib=0.0 if cpu else 0.03,
+    )
+
+
+def chunk_tokens(program: Program, tokens: int, vocab: int, device: str) -> int:
+    """Tokens whose logits exist at once (the rule of `model/kernels/cross_entropy.py: chunk_rows`)."""
+    if program.loss_chunk:
+        return min(tokens, program.loss_chunk)
+    if program.name != "trainwright":
+        return tokens
+    chunks = max(1, -(-tokens * vocab * 4 // LOGIT_CHUNK_BYTES[device]))
+    return -(-tokens // chunks)

@@ -1,0 +1,242 @@
+"""Seconds of an optimizer step, and what follows from them. No torch.
+
+Joins computation (`work.py`) and communication (`collectives.py`): what hides behind what, recomputation, the
+pipeline's bubble, accumulation, the optimizer. Owns tokens/s and MFU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from trainwright.planner.collectives import Wires
+from trainwright.planner.hardware import GIGA, TERA
+from trainwright.planner.job import Job, Stage
+from trainwright.planner.states import group_elements, stage_parameters, stage_states
+from trainwright.planner.work import Work, head_work, kv_width, layer_work
+
+
+@dataclass(frozen=True)
+class SpeedPlan:
+    """One optimizer step. `parts`: seconds by what they are spent on; they sum to `step_seconds`."""
+
+    step_seconds: float
+    parts: dict[str, float]
+    tokens_per_step: int
+    world_size: int
+    flops_per_token: float
+    flops_per_token_causal: float
+    computed_flops_per_token: float
+    peak: float
+    rows_per_step: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.tokens_per_step / self.step_seconds / self.world_size
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.rows_per_step / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs (PaLM) over the card's dense peak."""
+        return self.tokens_per_second_per_gpu * self.flops_per_token / self.peak
+
+    @property
+    def mfu_causal(self) -> float:
+        return self.tokens_per_second_per_gpu * self.flops_per_token_causal / self.peak
+
+    @property
+    def hfu(self) -> float:
+        """What is really computed, recomputation too, over the peak."""
+        return self.tokens_per_second_per_gpu * self.computed_flops_per_token / self.peak
+
+    @property
+    def tflops(self) -> float:
+        return self.tokens_per_second_per_gpu * self.flops_per_token / TERA
+
+
+def plan_speed(job: Job) -> SpeedPlan:
+    """The slowest stage sets the pace of all."""
+    stages = [_StageTime(job, stage) for stage in job.stages]
+    slowest = max(stages, key=lambda stage: stage.micro_batch)
+    parts = slowest.step_parts()
+    bubble = _bubble(job, slowest)
+    if bubble:
+        parts["pipeline bubble"] = bubble
+    trained = sum(item.numel for item in job.parameters if item.trained)
+    whole = trained == sum(item.numel for item in job.parameters)
+    causal = job.config.flops_per_token(job.seq_len, "causal", None if whole else trained)
+    computed = sum(stage.computed_flops for stage in stages) * job.layout.tp * job.layout.cp
+    return SpeedPlan(
+        sum(parts.values()),
+        {name: seconds for name, seconds in parts.items() if seconds > 0},
+        job.global_batch * job.seq_len,
+        job.layout.world_size,
+        job.config.flops_per_token(job.seq_len, "palm"),
+        causal,
+        computed / (job.micro_batch * job.seq_len),
+        job.cluster.card.peak(job.recipe.train.precision) or job.cluster.card.fp32 * TERA,
+        job.global_batch,
+    )
+
+
+def _bubble(job: Job, slowest: _StageTime) -> float:
+    """Time that a stage waits for others to begin and end (Narayanan et al. 2021; Qi et al. 2024 for ZBV)."""
+    pp, schedule = job.layout.pp, job.recipe.parallel.pp_schedule
+    if pp == 1:
+        return 0.0
+    share = {"1f1b": 1.0, "interleaved": 0.5, "zbv": 1 / 6}[schedule]
+    return (pp - 1) * slowest.micro_batch * share
+
+
+class _StageTime:
+    """One rank of one pipeline stage."""
+
+    def __init__(self, job: Job, stage: Stage) -> None:
+        self.job, self.stage, self.program = job, stage, job.program
+        self.wires = Wires(job.cluster, job.calibration, job.layout, job.shards)
+        self.items = stage_parameters(job, stage)
+        self.works = self._works()
+        self.head = head_work(job) if stage.head else Work()
+
+    def _works(self) -> list[tuple[int, Work, list[object]]]:
+        """(how many such layers, their work, their parameters)."""
+        found: dict[tuple[object, ...], tuple[int, Work, list[object]]] = {}
+        by_layer: dict[int, list[object]] = {layer: [] for layer in self.stage.layers}
+        for item in self.items:
+            if item.layer is not None:
+                by_layer[item.layer].append(item)
+        for layer in self.stage.layers:
+            items = by_layer[layer]
+            key = (id(self.job.block(layer)), tuple(item.trained for item in items))  # type: ignore[attr-defined]
+            if key in found:
+                count, work, same = found[key]
+                found[key] = (count + 1, work, same)
+            else:
+                found[key] = (1, layer_work(self.job, layer), items)
+        return list(found.values())
+
+    @cached_property
+    def micro_batch(self) -> float:
+        """Seconds of one micro batch, forward and backward, communication that is not hidden included."""
+        return sum(self.parts.values())
+
+    @property
+    def computed_flops(self) -> float:
+        """Of one micro batch on this rank, recomputation included."""
+        again = {"full": 1.0, "selective": 0.0}.get(self.job.recompute, 0.0)
+        layers = sum(count * (work.flops + again * work.forward_flops) for count, work, _ in self.works)
+        return layers + self.head.flops
+
+    @cached_property
+    def parts(self) -> dict[str, float]:
+        """Seconds of one micro batch by part."""
+        parts: dict[str, float] = {}
+        for count, work, items in self.works:
+            for name, seconds in self._layer(work, items).items():
+                parts[name] = parts.get(name, 0.0) + count * seconds
+        for name, (forward, backward) in self.head.parts.items():
+            parts[name] = parts.get(name, 0.0) + forward + backward
+        hidden = self.job.config.hidden_size * self.job.stream_tokens * self.program.compute
+        parts["pipeline sends"] = 2 * self.wires.send("pp", hidden) if self.job.layout.pp > 1 else 0.0
+        return parts
+
+    def _layer(self, work: Work, items: list[object]) -> dict[str, float]:
+        """One layer: its computation, what is computed again, and the communication that shows."""
+        parts = {name: forward + backward for name, (forward, backward) in work.parts.items()}
+        again = self._again(work)
+        if again:
+            parts["recompute"] = again
+        short = work.bound * (1 + again / (work.forward + work.backward + 1e-12)) - sum(parts.values())
+        if short > 0:
+            parts["host"] = short
+        inner_forward, inner_backward = self._activations_travel()
+        parts["activations' travel"] = inner_forward + inner_backward
+        elements = group_elements(self.job, items)  # type: ignore[arg-type]
+        trained = group_elements(self.job, items, trained=True)  # type: ignore[arg-type]
+        forward, backward = self._weights_travel(elements, trained)
+        shown, slowed = 0.0, 0.0
+        for travel, compute in ((forward, work.forward), (backward, work.backward + again)):
+            hidden = min(travel, compute) * self.job.calibration.overlap * self.program.overlap
+            shown += travel - hidden
+            slowed += hidden * self.job.calibration.contention
+        parts["weights' travel"] = shown + slowed
+        return parts
+
+    def _again(self, work: Work) -> float:
+        """Seconds of recomputation."""
+        if self.job.recompute == "full":
+            return work.forward * self.program.recompute
+        if self.job.recompute == "selective":
+            return work.forward_of("norms", "activation") * self.program.recompute
+        return 0.0
+
+    def _weights_travel(self, elements: int, trained: int) -> tuple[float, float]:
+        """Collectives on one layer's weights and gradients, forward and backward."""
+        job, wires, program = self.job, self.wires, self.program
+        gather = wires.all_gather("shard", elements * program.compute)
+        sums = wires.reduce_scatter("shard", trained * program.reduce)
+        sums += wires.all_reduce("replicate", trained * program.reduce / max(1, job.shards))
+        if job.layout.zero >= 3:
+            return gather, gather + sums
+        if job.layout.zero == 2 or job.layout.zero >= program.weights_sharded_from:
+            return gather / job.accumulation, sums
+        return 0.0, (wires.all_reduce("replicate", trained * program.reduce) + sums) / job.accumulation
+
+    def _activations_travel(self) -> tuple[float, float]:
+        """Collectives on one layer's activations, which hide behind nothing."""
+        job, wires, program = self.job, self.wires, self.program
+        layout, split = job.layout, job.row_split
+        stream = job.tokens * job.config.hidden_size * program.compute
+        once = 4 * wires.all_gather("tp", stream)  # two gathers and two scatters, or two sums
+        queries, keys = kv_width(job)
+        if split.ulysses > 1:
+            exchanged = job.tokens * (2 * queries + 2 * keys) * program.compute
+            once += wires.all_to_all("cp", exchanged)
+        ring = 0.0
+        if split.ring > 1:
+            ring = wires.all_gather("cp", 2 * job.tokens * keys * split.ring * program.compute)
+        if layout.ep > 1:
+            top_k = max((getattr(block.mlp, "top_k", 0) for block in job.config.layers), default=0)
+            once += 2 * wires.all_to_all("ep", stream * top_k)
+        forward = once + ring
+        again = forward if job.recompute == "full" else 0.0
+        return forward, once + ring + again
+
+    def step_parts(self) -> dict[str, float]:
+        """The whole step of this rank, bubble left out."""
+        job = self.job
+        parts = {name: seconds * job.accumulation for name, seconds in self.parts.items()}
+        parts["first and last weights' travel"] = self._ends()
+        parts["optimizer"] = self._optimizer()
+        return parts
+
+    def _ends(self) -> float:
+        """Gathers and sums at the ends of a step, behind which nothing runs: embedding, head, and the ZeRO stages
+        that talk once a step."""
+        job, wires, program = self.job, self.wires, self.program
+        outer = [item for item in self.items if item.layer is None]
+        if job.layout.world_size == 1:
+            return 0.0
+        elements, trained = group_elements(job, outer), group_elements(job, outer, trained=True)
+        ends = wires.all_gather("shard", elements * program.compute)
+        ends += wires.reduce_scatter("shard", trained * program.reduce)
+        ends += wires.all_reduce("replicate", trained * program.reduce / max(1, job.shards))
+        if 0 < job.layout.zero < program.weights_sharded_from:  # updated shards go back to all (ZeRO 1 and 2)
+            ends += wires.all_gather("shard", group_elements(job, self.items, trained=True) * program.compute)
+        return ends
+
+    def _optimizer(self) -> float:
+        """Reads and writes weights, gradients and states once; the norm reads gradients before."""
+        job, program = self.job, self.program
+        states = stage_states(job, self.stage)
+        bandwidth = job.cluster.card.bandwidth * GIGA * job.calibration.bandwidth
+        trained = states.gradients / max(1, program.gradient)
+        moved = 2 * states.optimizer + 2 * states.gradients + 2 * trained * program.trained
+        seconds = moved / bandwidth + program.step_seconds
+        if job.recipe.parallel.offload in ("optimizer", "all"):
+            seconds += 2 * (states.optimizer + states.gradients) / (job.cluster.card.host_link * GIGA)
+        return seconds + trained / 1e9 * program.optimizer_seconds

@@ -1,0 +1,220 @@
+"""Seconds of computation of each part of a layer and of the head, forward and backward, on one rank. No torch.
+
+A roofline for each operation: the longer of its arithmetic at the share of the peak that its shape reaches and its
+bytes at the share of the memory's bandwidth. Owns which operations there are; communication is `collectives.py`'s, the
+step as a whole `speed.py`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trainwright.adapt.lora import Lora
+from trainwright.model.config import LinearConfig, MoeConfig
+from trainwright.parallel.split import kv_copies
+from trainwright.planner.hardware import GIGA
+from trainwright.planner.job import Job
+from trainwright.planner.program import chunk_tokens
+
+Seconds = tuple[float, float]
+"""Forward, backward."""
+
+
+@dataclass
+class Work:
+    """Seconds by part. `bound` is host time: kernels cannot be started faster than that."""
+
+    parts: dict[str, Seconds] = field(default_factory=dict)
+    bound: float = 0.0
+    flops: float = 0.0
+    """What is really computed, forward and backward, without recomputation."""
+    forward_flops: float = 0.0
+
+    def add(self, part: str, seconds: Seconds) -> None:
+        before = self.parts.get(part, (0.0, 0.0))
+        self.parts[part] = (before[0] + seconds[0], before[1] + seconds[1])
+
+    def count(self, forward: float, backward: float) -> None:
+        self.flops += forward + backward
+        self.forward_flops += forward
+
+    @property
+    def forward(self) -> float:
+        return max(sum(seconds[0] for seconds in self.parts.values()), self.bound / 3)
+
+    @property
+    def backward(self) -> float:
+        return max(sum(seconds[1] for seconds in self.parts.values()), self.bound * 2 / 3)
+
+    def forward_of(self, *parts: str) -> float:
+        return sum(self.parts.get(part, (0.0, 0.0))[0] for part in parts)
+
+
+class Roofline:
+    """Seconds of single operations on one card with one program."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.program, self.calibration = job, job.program, job.calibration
+        card = job.cluster.card
+        dtype = "fp32" if self.program.compute == 4 else job.recipe.train.precision
+        self.dtype = dtype
+        self.peak = card.peak(dtype) or card.peak("fp16") or card.fp32 * 1e12
+        self.bandwidth = card.bandwidth * GIGA * self.calibration.bandwidth
+
+    def matmul(self, rows: float, depth: float, columns: float) -> float:
+        """[rows, depth] x [depth, columns]."""
+        if not rows * depth * columns:
+            return 0.0
+        calibration = self.calibration
+        share = calibration.matmul.get(self.dtype, calibration.matmul["bf16"]) * self.program.matmul
+        share *= depth / (depth + calibration.half_depth)
+        share *= rows * columns / (rows * columns + calibration.half_area)
+        size = (rows * depth + depth * columns + rows * columns) * self.program.compute
+        return max(2 * rows * depth * columns / (self.peak * share), size / self.bandwidth)
+
+    def grouped(self, rows: float, depth: float, columns: float, groups: int) -> float:
+        """`groups` products of one shape in one kernel: together they fill the card."""
+        size = groups * (rows * depth + depth * columns + rows * columns) * self.program.compute
+        return max(self.matmul(rows * groups, depth, columns), size / self.bandwidth)
+
+    def attention(self, flops: float, length: float, *, backward: bool) -> float:
+        share = self.calibration.attention_share(self.program.attention, length, backward=backward)
+        return flops / (self.peak * share)
+
+    def move(self, size: float) -> float:
+        """Seconds for elementwise work that moves so many bytes."""
+        return size / self.bandwidth
+
+
+def layer_work(job: Job, layer: int) -> Work:
+    """One layer, one micro batch."""
+    block, path, roofline, program = job.block(layer), f"layers.{layer}", Roofline(job), job.program
+    work = Work(bound=program.kernels * job.calibration.launch)
+    attention = block.self_attn
+    tp = job.layout.tp
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        linear = getattr(attention, name)
+        heads = attention.num_kv_heads if name in ("k_proj", "v_proj") else attention.num_heads
+        share = -(-heads // tp) / heads
+        cut_output = name != "o_proj"
+        _linear(job, roofline, work, "attention", linear, f"{path}.self_attn.{name}", job.tokens, share, cut_output)
+    _attention(job, roofline, work, layer)
+    stream = job.stream_tokens * block.input_layernorm.size * program.stream_traffic
+    work.add("norms", (roofline.move(stream / 3), roofline.move(stream * 2 / 3)))
+    if isinstance(block.mlp, MoeConfig):
+        _experts(job, roofline, work, block.mlp, f"{path}.mlp")
+    else:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            if linear := getattr(block.mlp, name):
+                _linear(
+                    job, roofline, work, "mlp", linear, f"{path}.mlp.{name}", job.tokens, 1 / tp, name != "down_proj"
+                )
+        inner = job.tokens * block.mlp.intermediate_size / tp * program.inner_traffic
+        work.add("activation", (roofline.move(inner / 3), roofline.move(inner * 2 / 3)))
+    return work
+
+
+def _linear(
+    job: Job,
+    roofline: Roofline,
+    work: Work,
+    part: str,
+    linear: LinearConfig,
+    path: str,
+    rows: float,
+    share: float,
+    cut_output: bool,
+) -> None:
+    """A linear layer of which this rank has `share`; its adapter and the unpacking of its weight."""
+    inner, outer = linear.in_features, linear.out_features
+    depth, columns = (inner, outer * share) if cut_output else (inner * share, outer)
+    forward = roofline.matmul(rows, depth, columns)
+    backward = roofline.matmul(rows, columns, depth)
+    flops = 2 * rows * depth * columns
+    trained = job.is_trained(f"{path}.weight")
+    if trained:
+        backward += roofline.matmul(depth, rows, columns)
+    work.add(part, (forward, backward))
+    work.count(flops, flops * (2 if trained else 1))
+    if linear.quantization is not None:
+        size = linear.quantization.num_bytes(int(columns), int(depth)) + depth * columns * job.program.compute
+        unpack = roofline.move(size * job.program.unpack_passes)
+        work.add("unpacking", (unpack, unpack))
+    if isinstance(linear.adapter, Lora):
+        rank = linear.adapter.rank
+        down, up = roofline.matmul(rows, depth, rank), roofline.matmul(rows, rank, columns)
+        add = roofline.move(2 * rows * columns * job.program.compute)
+        work.add("adapters", (down + up + add, 2 * (down + up) + add))
+        work.count(2 * rows * rank * (depth + columns), 4 * rows * rank * (depth + columns))
+
+
+def _attention(job: Job, roofline: Roofline, work: Work, layer: int) -> None:
+    part, program, tp = job.block(layer).self_attn, job.program, job.layout.tp
+    causal = program.scores == 0 and program.scores_traffic == 0
+    heads = -(-part.num_heads // tp) / part.num_heads
+    forward_flops = part.flops_per_token(job.seq_len, causal=causal) / 3 * job.tokens * heads
+    if part.mask.kind == "prefix":
+        forward_flops = part.flops_per_token(job.seq_len, causal=False) / 3 * job.tokens * heads
+    work.count(forward_flops, 2 * forward_flops)
+    if causal:
+        length = min(job.seq_len, part.mask.window or job.seq_len)
+        forward = roofline.attention(forward_flops, length, backward=False)
+        work.add("scores", (forward, roofline.attention(2 * forward_flops, length, backward=True)))
+    else:  # written out: two products of whole score matrices, which move through memory
+        matmul = job.calibration.matmul.get(roofline.dtype, 0.5) * 0.7
+        forward = forward_flops / (roofline.peak * matmul)
+        work.add("scores", (forward, 2 * forward))
+    scores = job.micro_batch * part.num_heads / tp * job.seq_len * job.seq_len / job.layout.cp
+    moved = roofline.move(scores * program.scores_traffic)
+    work.add("scores", (moved / 3, moved * 2 / 3))
+
+
+def _experts(job: Job, roofline: Roofline, work: Work, part: MoeConfig, path: str) -> None:
+    """Rows of this rank's experts, with even routing; each expert is a product of its own share of the rows."""
+    tp = job.layout.tp
+    rows = job.tokens * part.top_k
+    experts = max(1, part.experts.num_experts // job.layout.ep)
+    trained = job.is_trained(f"{path}.experts.up_proj.weight")
+    each = rows / experts
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        if (linear := getattr(part.experts, name)) is None:
+            continue
+        shape = (linear.in_features, linear.out_features / tp) if name != "down_proj" else (
+            linear.in_features / tp, linear.out_features)  # fmt: skip
+        one = roofline.grouped(each, *shape, experts)
+        work.add("experts", (one, one * (2 if trained else 1)))
+        flops = 2 * rows * shape[0] * shape[1]
+        work.count(flops, flops * (2 if trained else 1))
+    hidden = part.gate.in_features
+    _linear(job, roofline, work, "router", part.gate, f"{path}.gate", job.tokens, 1.0, True)
+    inner = rows * part.experts.intermediate_size / tp * job.program.inner_traffic
+    sorting = 8 * rows * hidden * job.program.compute
+    moved = roofline.move(inner + sorting)
+    work.add("activation", (moved / 3, moved * 2 / 3))
+
+
+def head_work(job: Job) -> Work:
+    """Head and loss of one micro batch; our loss makes the gradients in its forward pass, which changes no sum."""
+    roofline, head, tp = Roofline(job), job.config.lm_head, job.layout.tp
+    work = Work(bound=20 * job.calibration.launch)
+    columns = head.out_features / tp
+    name = "embed_tokens.weight" if head.tied else "lm_head.weight"
+    forward = roofline.matmul(job.tokens, head.in_features, columns)
+    trained = job.is_trained(name)
+    work.add("head", (forward, forward * (2 if trained else 1)))
+    flops = 2 * job.tokens * head.in_features * columns
+    work.count(flops, flops * (2 if trained else 1))
+    size = job.tokens * columns * job.program.logits_traffic
+    if trained and job.program.head_traffic:
+        chunk = chunk_tokens(job.program, job.tokens, int(columns), "gpu")
+        size += job.tokens / chunk * head.in_features * columns * job.program.head_traffic
+    moved = roofline.move(size)
+    work.add("loss", (moved / 2, moved / 2))
+    return work
+
+
+def kv_width(job: Job) -> tuple[int, int]:
+    """(query, key) widths of one rank's heads in elements a token, KV copies for Ulysses included."""
+    part, tp = job.config.layers[0].self_attn, job.layout.tp
+    kv = -(-part.num_kv_heads // tp)
+    return -(-part.num_heads // tp) * part.head_dim, kv * kv_copies(kv, job.row_split.ulysses) * part.head_dim
