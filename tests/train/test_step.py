@@ -63,10 +63,12 @@ def test_the_accumulation_test_catches_a_mean_of_means():
     """Mutant: every micro batch divided by its own count, then averaged."""
 
     class MeanOfMeans(TrainStep):
-        def micro_batch_loss(self, batch, count):
-            loss_sum, _ = super().micro_batch_loss(batch, count)
-            own = (batch.labels != -100).sum().clamp(min=1)
-            return loss_sum, loss_sum / own / (6 / batch.input_ids.shape[0])
+        def __call__(self, batches, rate, stop_asked=False):
+            self.micro_batches = len(batches)
+            return super().__call__(batches, rate, stop_asked)
+
+        def share(self, output, count):
+            return output.loss_sum / output.num_tokens.clamp(min=1) / self.micro_batches
 
     with pytest.raises(AssertionError):
         check_accumulation(MeanOfMeans)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainwright.model.config import EmbeddingConfig, HeadConfig
-from trainwright.model.kernels.cross_entropy import linear_cross_entropy
+from trainwright.model.kernels.cross_entropy import VocabShard, linear_cross_entropy
 
 
 def build_embedding(table: EmbeddingConfig) -> nn.Module:
@@ -28,6 +28,7 @@ class Head(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.normalized = config.normalized
+        self.shard: VocabShard | None = None  # set from outside where the rows of W are a slice of the vocabulary
         self.weight = nn.Parameter(torch.empty(config.out_features, config.in_features))
         self.bias = nn.Parameter(torch.zeros(config.out_features)) if config.bias else None
 
@@ -37,4 +38,4 @@ class Head(nn.Module):
         if labels_BS is None:
             return F.linear(x_BSH, weight, self.bias)
         weight = weight.to(x_BSH.dtype)
-        return linear_cross_entropy(x_BSH, weight, labels_BS, self.bias)
+        return linear_cross_entropy(x_BSH, weight, labels_BS, self.bias, self.shard)

@@ -1,63 +1,115 @@
 """Spreads a model over processes and makes it fast: the order of application, on one screen.
 
-    recompute -> compile -> shard
+    pp -> tp -> cp -> ep -> recompute -> compile -> fsdp
 
-Recompute comes first so that compilation sees it; sharding last, so that a layer is gathered once for its forward and
-once for its backward with recomputation. The model knows nothing of it. Owns the order and data parallelism.
+Stages are cut first, so that everything after sees only its own layers. Tensor parallelism comes before whatever needs
+to know the number of heads of a rank; recomputation and compilation see the collectives inside a layer; sharding comes
+last, so that a layer is gathered once for its forward and once for its backward pass. The model knows nothing of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from trainwright.model.config import ModelConfig
+from trainwright.model.moe import Experts
+from trainwright.model.transformer import Transformer
+from trainwright.parallel.expert import apply_experts
+from trainwright.parallel.layout import check_model, kv_heads_of_rank
 from trainwright.parallel.mesh import World
+from trainwright.parallel.pipeline import Cut, Pipeline, cut_model
 from trainwright.parallel.recompute import apply_recompute
+from trainwright.parallel.sequence import apply_sequence
+from trainwright.parallel.shard import apply_fsdp
+from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs
+from trainwright.parallel.tensor import apply_tensor
+from trainwright.recipe.parallel import ParallelRecipe
 
 Precision = Literal["bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Compute = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What became of a model.
+
+    compute: what each forward pass has to run inside of. pipeline: what runs the passes instead of the model where
+    layers are in stages. rows: how context parallelism shares a row.
+    """
+
+    compute: Compute
+    pipeline: Pipeline | None = None
+    rows: RowSplit | None = None
 
 
 def parallelize(
-    model: nn.Module,
+    model: Transformer,
     world: World,
+    recipe: ParallelRecipe,
     *,
     precision: Precision,
-    recompute: Literal["none", "selective", "full"],
     compile_layers: bool,
-) -> Callable[[], AbstractContextManager[Any]]:
+    seq_len: int,
+) -> Spread:
     """Changes `model`, which may still be on the meta device, in place; its weights' dtype stays as it is.
 
-    Returns what each forward pass has to run inside of: the compute type of one process that shards nothing. With
-    shards, FSDP casts weights to the compute type as it gathers them and reduces gradients in float32.
+    Raises UserError where this model cannot be spread like this. With several processes FSDP casts weights to the
+    compute type as it gathers them and reduces gradients in float32; one process computes under autocast.
     """
-    apply_recompute(model, recompute)
-    if compile_layers:
-        for layer in model.layers.values():  # type: ignore[operator]
-            layer.compile()
-    if world.size > 1:
-        shard(model, world, precision)
-        return nullcontext
-    if precision == "fp32":
+    layout, config = world.layout, model.config
+    check_model(layout, config, seq_len, kv_replication=recipe.kv_replication)
+    pp, tp, cp = world.axis("pp"), world.axis("tp"), world.axis("cp")
+    cut, stages, rows = None, [model], None
+    if pp is not None:
+        costs = estimate_costs(config, seq_len, recipe.recompute)
+        cut = Cut.of(costs, rank=pp.get_local_rank(), pp=pp.size(), schedule=recipe.pp_schedule)
+        stages = cut_model(model, cut)
+    for stage in stages:
+        if tp is not None:
+            apply_tensor(stage, tp, leave=Experts if layout.ep > 1 else ())
+        if cp is not None:
+            rows = choose_row_split(*_heads_of_rank(config, layout.tp), cp.size(), recipe.cp_method)
+            apply_sequence(stage, cp, rows)
+        if layout.ep > 1:
+            apply_experts(stage, world.meshes["ep_tp"])
+        layers = list((stage.layers or {}).values())
+        apply_recompute(layers, recipe.recompute)
+        if compile_layers:
+            for layer in layers:
+                layer.compile()
+        if world.size > 1:
+            cast = None if precision == "fp32" else DTYPES[precision]
+            apply_fsdp(stage, world, cast, offload=recipe.offload == "all", keep_gathered=cut is not None)
+    compute = _compute(world, precision)
+    if cut is None or pp is None:
+        return Spread(compute, rows=rows)
+    shape = _stream_shape(rows, layout.cp)
+    dtype = DTYPES[precision]
+    pipeline = Pipeline(model, stages, cut, pp, device=world.device, stream_dtype=dtype, stream_shape=shape)
+    return Spread(compute, pipeline, rows)
+
+
+def _compute(world: World, precision: Precision) -> Compute:
+    if world.size > 1 or precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(world.device.type, DTYPES[precision])
 
 
-def shard(model: nn.Module, world: World, precision: Precision) -> None:
-    """ZeRO-3 (weights gathered for each use) or ZeRO-2 (kept until the step's end) with FSDP2, layer by layer."""
-    mesh = world.fsdp_mesh()
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if precision == "fp32" else DTYPES[precision], reduce_dtype=torch.float32
-    )
-    keep = world.layout.zero == 2
-    for layer in model.layers.values():  # type: ignore[operator]
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
+def _stream_shape(rows: RowSplit | None, cp: int) -> Callable[[int, int], tuple[int, int]]:
+    """[rows, length] of a micro batch -> what a stage passes on: context parallelism cuts rows, and pads if need be."""
+    multiple = rows.multiple if rows is not None else 1
+    return lambda count, length: (count, -(-length // multiple) * multiple // cp)
+
+
+def _heads_of_rank(config: ModelConfig, tp: int) -> tuple[int, int]:
+    """(query heads, KV heads) of one tensor-parallel rank, the first layer's."""
+    attention = config.layers[0].self_attn
+    if attention.num_kv_heads % tp == 0:
+        return attention.num_heads // tp, attention.num_kv_heads // tp
+    return attention.num_heads // tp, len(kv_heads_of_rank(attention.num_heads, attention.num_kv_heads, tp, 0))

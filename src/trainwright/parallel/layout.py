@@ -1,14 +1,17 @@
 """Degrees of parallelism over a world of processes, and the batch arithmetic. No torch.
 
-Owns the divisibility checks, and says the numbers and the nearest layout that works when it refuses.
+Owns the divisibility checks of degrees, rows and models, and says the numbers and the nearest layout that works when it
+refuses.
 Building a device mesh from a layout is `mesh.py`'s work.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from trainwright.errors import UserError
+from trainwright.model.config import ExpertsConfig, MlpConfig, ModelConfig, MoeConfig, linears
 from trainwright.recipe.parallel import ParallelRecipe
 
 
@@ -87,3 +90,75 @@ class Layout:
         """The published tables' spelling: TP4PP1DP2."""
         extra = (f"CP{self.cp}" if self.cp > 1 else "") + (f"EP{self.ep}" if self.ep > 1 else "")
         return f"TP{self.tp}PP{self.pp}DP{self.data_ranks}{extra}"
+
+
+def check_model(layout: Layout, config: ModelConfig, seq_len: int, *, kv_replication: bool = True) -> None:
+    """Raises UserError where this model cannot be spread like this, with the nearest degree that can."""
+    if layout.tp > 1:
+        _check_tensor(layout, config, kv_replication)
+        if seq_len % (layout.tp * layout.cp):
+            unit = layout.tp * layout.cp
+            raise UserError(
+                f"data.seq_len={seq_len} is not a multiple of cp x tp = {layout.cp} x {layout.tp} = {unit}: "
+                f"use {max(unit, round(seq_len / unit) * unit)}"
+            )
+    if layout.ep > 1:
+        experts = {block.mlp.experts.num_experts for block in config.layers if isinstance(block.mlp, MoeConfig)}
+        if not experts:
+            raise UserError(f"parallel.ep={layout.ep}: this model has no experts: set parallel.ep=1")
+        if any(count % layout.ep for count in experts):
+            nearest = _nearest(layout.ep, layout.dp_shard * layout.cp, lambda ep: all(n % ep == 0 for n in experts))
+            counts = " and ".join(map(str, sorted(experts)))
+            raise UserError(f"parallel.ep={layout.ep} does not divide {counts} experts: use parallel.ep={nearest}")
+
+
+def _check_tensor(layout: Layout, config: ModelConfig, kv_replication: bool) -> None:
+    """Heads and widths must divide; KV heads are copied; the vocabulary may end unevenly."""
+    tp, free = layout.tp, layout.world_size // (layout.pp * layout.dp_replicate * layout.cp)
+    sizes = _divisible_sizes(config)
+    for size, what in sizes:
+        if size % tp:
+            nearest = _nearest(tp, free, lambda degree: all(n % degree == 0 for n, _ in sizes))
+            raise UserError(f"parallel.tp={tp} does not divide {size} {what}: use parallel.tp={nearest}")
+    kv = min((block.self_attn.num_kv_heads for block in config.layers), default=tp)
+    if kv % tp and not kv_replication:
+        raise UserError(
+            f"parallel.tp={tp} does not divide {kv} KV heads and parallel.kv_replication=false refuses to copy them: "
+            f"use parallel.tp={_nearest(tp, free, lambda degree: kv % degree == 0)}, or set it to true"
+        )
+    if (tp - 1) * -(-config.vocab_size // tp) >= config.vocab_size:
+        raise UserError(f"parallel.tp={tp} is too much for a vocabulary of {config.vocab_size}: use a smaller degree")
+    tables = (("embed_tokens", config.embed_tokens), ("lm_head", config.lm_head))
+    for path, part in (*tables, *linears(config)):
+        if getattr(part, "quantization", None) is not None:
+            raise UserError(
+                f"parallel.tp={tp} with {path} in fewer bits: its blocks of codes are not cut; set parallel.tp=1, and "
+                "parallel.zero=3 shards them"
+            )
+        if getattr(getattr(part, "adapter", None), "dora", False):
+            raise UserError(f"parallel.tp={tp} with DoRA on {path}: its row lengths are whole; set parallel.tp=1")
+
+
+def _divisible_sizes(config: ModelConfig) -> list[tuple[int, str]]:
+    sizes: dict[tuple[int, str], None] = {}
+    for block in config.layers:
+        sizes[(block.self_attn.num_heads, "attention heads")] = None
+        mlp: MlpConfig | ExpertsConfig = block.mlp.experts if isinstance(block.mlp, MoeConfig) else block.mlp
+        sizes[(mlp.intermediate_size, "columns of the MLP (intermediate_size)")] = None
+    return list(sizes)
+
+
+def _nearest(degree: int, limit: int, works: Callable[[int], bool]) -> int:
+    """The degree nearest to the one asked for that divides `limit` processes and works; 1 always does."""
+    return min((n for n in range(1, limit + 1) if limit % n == 0 and works(n)), key=lambda n: (abs(n - degree), n))
+
+
+def kv_heads_of_rank(num_heads: int, num_kv_heads: int, tp: int, rank: int) -> list[int]:
+    """The KV heads that a tp rank's query heads read, in their order.
+
+    One each where its query heads share them evenly; else one for every query head.
+    """
+    own = range(rank * num_heads // tp, (rank + 1) * num_heads // tp)
+    read = [head // (num_heads // num_kv_heads) for head in own]
+    distinct = sorted(set(read))
+    return distinct if len({read.count(head) for head in distinct}) == 1 else read

@@ -137,7 +137,8 @@ def _expert_meshes(base: DeviceMesh, ep: int, cut: str) -> dict[str, DeviceMesh]
     experts = base._unflatten(cut, (base[cut].size() // ep, ep), (rest, "ep"))
     outer, inner = (rest, "shard") if cut == "replicate" else ("replicate", rest)
     fsdp = experts[outer, inner] if experts[outer].size() > 1 else experts[inner]
-    return {"ep": experts["ep"], "expert_shard": experts[inner], "expert_fsdp": fsdp}
+    both = experts["ep", "tp"] if experts["tp"].size() > 1 else experts["ep"]
+    return {"ep": experts["ep"], "ep_tp": both, "expert_shard": experts[inner], "expert_fsdp": fsdp}
 
 
 def leave_world() -> None:

@@ -127,11 +127,12 @@ def build_optimizer(
 
 
 def _groups(trained: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices, which decay, and vectors, which do not."""
-    matrices = [tensor for tensor in trained.values() if tensor.ndim >= 2]
-    vectors = [tensor for tensor in trained.values() if tensor.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Matrices, which decay, and vectors, which do not; those on one mesh together, as one fused kernel takes them."""
+    groups: dict[tuple[bool, Any], list[Tensor]] = {}
+    for tensor in trained.values():
+        groups.setdefault((tensor.ndim >= 2, getattr(tensor, "device_mesh", None)), []).append(tensor)
+    ordered = sorted(groups.items(), key=lambda item: not item[0][0])
+    return [{"params": held, "weight_decay": weight_decay if decays else 0.0} for (decays, _), held in ordered]
 
 
 def _muon(

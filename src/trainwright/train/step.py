@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from trainwright.data.loader import Batch
 from trainwright.device import widest_float
 from trainwright.model.mask import document_offsets
+from trainwright.model.transformer import LossOutput
 from trainwright.parallel.mesh import World
+from trainwright.parallel.pipeline import Pipeline
+from trainwright.parallel.shard import begin_micro_batch, grad_norm
 from trainwright.train.optimizer import Optimizers
 
 IGNORED = -100  # a label that is not trained
@@ -75,7 +78,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Pipeline,
         optimizers: Optimizers,
         world: World,
         *,
@@ -119,34 +122,36 @@ class TrainStep:
 
     def _accumulate(self, batches: Sequence[Batch], count: Tensor) -> Tensor:
         """Gradients of the whole loss; returns this rank's sum of token losses."""
+        if isinstance(self.model, Pipeline):
+            inputs = [to_inputs(batch, self.world.device) for batch in batches]
+            return self.model.forward_backward(inputs, lambda output: self.share(output, count)).to(count.dtype)
         total = torch.zeros((), dtype=count.dtype, device=self.world.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            begin_micro_batch(self.model, self.world, last=number == len(batches))
             with self.compute():
-                loss_sum, loss = self.micro_batch_loss(batch, count)
-            (loss * self.loss_scale.value).backward()
-            total += loss_sum.detach()
+                output = self.model(**to_inputs(batch, self.world.device))
+            self.share(output, count).backward()
+            total += output.loss_sum.detach()
         return total
 
     def probe(self, batch: Batch) -> Tensor:
         """The loss of a micro batch as a step computes it, scaled alike, for a search that runs it once more."""
         with self.compute():
-            _, loss = self.micro_batch_loss(batch, torch.ones((), device=self.world.device))
-        return loss * self.loss_scale.value
+            output = self.model(**to_inputs(batch, self.world.device))
+            return self.share(output, torch.ones((), device=self.world.device))
 
-    def micro_batch_loss(self, batch: Batch, count: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of token losses, this micro batch's share of the step's loss); the share has the auxiliary loss too.
+    def share(self, output: LossOutput, count: Tensor) -> Tensor:
+        """A micro batch's share of the step's loss, scaled, with the auxiliary loss.
 
         The auxiliary loss of a mixture of experts is a mean already: it is weighted by the tokens it was taken over.
         """
-        output = self.model(**to_inputs(batch, self.world.device))
         loss = output.loss_sum + output.aux_loss * output.num_tokens
-        return output.loss_sum, loss / count.float()
+        return loss / count.float() * self.loss_scale.value
 
     def _grad_norm(self) -> Tensor:
         """Global L2 norm of the gradients, still scaled, float32 [] on the device."""
-        grads = [tensor.grad for tensor in self.optimizers.parameters if tensor.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        copies = {id(tensor) for tensor in self.model.copies} if isinstance(self.model, Pipeline) else set()
+        return grad_norm([tensor for tensor in self.optimizers.parameters if id(tensor) not in copies], self.world)
 
     def _coefficient(self, norm: Tensor) -> Tensor:
         """What gradients are multiplied by: undoes the loss scale and clips by global norm (Pascanu et al. 2013)."""
@@ -160,9 +165,10 @@ def to_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     """What the model's forward takes, on the device, from a batch on the CPU.
 
     What kernels need to know of the documents is found here, where asking does not wait for the device. Rows of one
-    whole document each need no document mask at all: plain causal attention is the fastest there is.
+    whole document each need no document mask at all: plain causal attention is the fastest there is. Positions are the
+    model's to make from the documents, by its family's own rule.
     """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels, "position_ids": batch.position_ids}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels}
     documents = batch.document_ids
     if documents is not None and bool(((documents != documents[:, :1]) | (documents < 0)).any()):
         offsets = document_offsets(documents)

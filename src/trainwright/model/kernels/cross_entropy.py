@@ -23,9 +23,13 @@ _DEFAULT_CHUNK_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's slice of the vocabulary begins at `offset`; the callables reduce in place over all slices."""
+    """This rank's slice of the vocabulary begins at `offset`; the callables reduce in place over all slices.
+
+    `size`: rows of the largest slice. All ranks cut their tokens into chunks by it, so that they reduce equally often.
+    """
 
     offset: int
+    size: int
     reduce_max: Callable[[Tensor], Any]
     reduce_sum: Callable[[Tensor], Any]
 
@@ -81,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_MH) if need_x else None
         grad_w = torch.zeros_like(weight_VH, dtype=torch.float32) if need_w else None
         grad_b = torch.zeros(weight_VH.shape[0], dtype=torch.float32, device=x_MH.device) if need_b else None
-        rows = chunk_rows(x_MH.shape[0], weight_VH.shape[0], x_MH.device.type)
+        rows = chunk_rows(x_MH.shape[0], shard.size if shard else weight_VH.shape[0], x_MH.device.type)
         for begin in range(0, x_MH.shape[0], rows):
             part = slice(begin, begin + rows)
             x, kept, label = x_MH[part], supervised_M[part], local_M[part]
