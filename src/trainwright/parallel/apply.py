@@ -1,6 +1,6 @@
 """Spreads a model over processes and makes it fast: the order of application, on one screen.
 
-    pp -> tp -> cp -> ep -> recompute -> compile -> fsdp
+    pp -> tp -> cp -> ep -> recompute -> offload -> compile -> fsdp
 
 Stages are cut first, so that everything after sees only its own layers. Tensor parallelism comes before whatever needs
 to know the number of heads of a rank; recomputation and compilation see the collectives inside a layer; sharding comes
@@ -22,6 +22,7 @@ from trainwright.model.transformer import Transformer
 from trainwright.parallel.expert import apply_experts
 from trainwright.parallel.layout import check_model, kv_heads_of_rank
 from trainwright.parallel.mesh import World
+from trainwright.parallel.offload import apply_offload
 from trainwright.parallel.pipeline import Cut, Pipeline, cut_model
 from trainwright.parallel.recompute import apply_recompute
 from trainwright.parallel.sequence import apply_sequence
@@ -79,7 +80,10 @@ def parallelize(
         if layout.ep > 1:
             apply_experts(stage, world.meshes["ep_tp"])
         layers = list((stage.layers or {}).values())
-        apply_recompute(layers, recipe.recompute)
+        in_flight = pp.size() if pp is not None else 1  # 1F1B's most on a rank, each with its own kept results
+        apply_recompute(layers, recipe.recompute, memory_gib=recipe.recompute_memory, in_flight=in_flight)
+        if recipe.offload in ("activations", "all"):
+            apply_offload(layers, world.device)
         if compile_layers:
             for layer in layers:
                 layer.compile()

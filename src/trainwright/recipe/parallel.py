@@ -21,6 +21,9 @@ class ParallelRecipe(Section):
     pp_schedule: Literal["1f1b", "interleaved", "zbv"] = Field("1f1b", description="order of micro batches")
     ep: int = Field(1, ge=1, description="expert parallel degree, inside the data ranks")
     recompute: Literal["none", "selective", "full"] = Field("none", description="activations computed again backward")
+    recompute_memory: float | None = Field(
+        None, ge=0, description="selective: GiB that kept results of a rank may take; empty keeps all dear ones"
+    )
     offload: Literal["none", "optimizer", "activations", "all"] = Field("none", description="what waits in host memory")
     kv_replication: bool = Field(True, description="copy KV heads when tp does not divide them; false refuses")
     timeout_minutes: float = Field(10.0, gt=0, description="a collective that hangs longer ends the run")
