@@ -50,3 +50,38 @@ def export(
     save_model(model, target)
     load_tokenizer(str(source)).save(target)
     print(f"wrote {target}")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="an adapter folder (PEFT's format), or a run's folder")],
+    target: Annotated[Path, typer.Argument(help="the new Hugging Face folder")],
+    base: Annotated[str | None, typer.Option(help="the full-precision base; default: what the adapter names")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's")] = None,
+    family: Annotated[str | None, typer.Option(help="where config.json cannot tell")] = None,
+    verify: Annotated[
+        bool, typer.Option(help="compare adapted, merged and reloaded model; exit 1 if they differ")
+    ] = False,
+) -> None:
+    """Adds an adapter into the full-precision base and writes a whole model."""
+    import torch
+
+    from trainwright.adapt.merge import find_base, merge_adapter
+    from trainwright.data.tokenizer import load_tokenizer
+    from trainwright.errors import UserError
+
+    if target.exists():
+        raise UserError(f"{target} exists: choose another name, nothing was written")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype} is not a type to write: use float32, bfloat16 or float16")
+    source = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
+    folder = find_base(source, base)
+    result = merge_adapter(
+        source, target, base=str(folder), dtype=getattr(torch, dtype) if dtype else None, family=family, verify=verify
+    )
+    trained = (source / "tokenizer_config.json").is_file()  # with the template that the run was trained with
+    load_tokenizer(str(source if trained else folder)).save(target)
+    print(f"wrote {target}")
+    if result is not None:
+        print(result)
+        raise typer.Exit(0 if result.holds else 1)

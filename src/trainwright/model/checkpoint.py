@@ -44,10 +44,16 @@ def load_model(
     stored = folder.stored_tensors(where)
     folder.match(families.get(config.family), config, stored)
     folder.check_tokenizer(where, config)
-    dtype = dtype or _DTYPES.get(next(iter(stored.values())).dtype, torch.float32)
+    dtype = dtype or stored_dtype(where)
     model = materialize(config, dtype=dtype, device=device or "cpu")
     load_weights(model, where)
     return model.eval()
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The type that a folder's weights are in: its first tensor's."""
+    stored = folder.stored_tensors(folder.resolve(path))
+    return _DTYPES.get(next(iter(stored.values())).dtype, torch.float32)
 
 
 def materialize(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> Transformer:

@@ -42,7 +42,9 @@ class AdapterRecipe(Section):
     rank: int = Field(16, ge=1, description="rank of the two small matrices")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    targets: str | list[str] = Field("all-linear", description="all-linear, a list of module names, or a pattern")
+    targets: str | list[str] = Field(
+        "all-linear", description="all-linear, module names (ours or the published ones), or patterns with *"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
     dora: bool = Field(False, description="train magnitude and direction apart (Liu et al. 2024)")
     init: Literal["kaiming", "gaussian"] = Field("kaiming", description="how A starts; B starts at zero")

@@ -26,6 +26,7 @@ class Recipe(Section):
     model: ModelRecipe = Field(description="what is trained")
     adapter: AdapterRecipe | None = Field(None, description="train a small part beside frozen weights")
     quantize: Quantization | None = Field(None, description="frozen weights in 4 or 8 bits; needs an adapter")
+    quantize_tables: Quantization | None = Field(None, description="the same for token table and head")
     data: DataRecipe = Field(description="what it is trained on")
     train: TrainRecipe = Field(description="how it is trained")
     parallel: ParallelRecipe = Field(default_factory=ParallelRecipe, description="where it is trained")
@@ -36,8 +37,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _across_sections(self) -> Recipe:
-        if self.quantize is not None and self.adapter is None:
-            raise ValueError(f"quantize={self.quantize} freezes the weights: add an adapter, or drop quantize")
+        for key in ("quantize", "quantize_tables"):
+            if getattr(self, key) is not None and self.adapter is None:
+                raise ValueError(f"{key}={getattr(self, key)} freezes the weights: add an adapter, or drop {key}")
         if self.task == "pretrain" and self.evaluation.generate:
             raise ValueError("evaluation.generate asks questions, which pretrain data has not: set it to 0")
         parallel = self.parallel
