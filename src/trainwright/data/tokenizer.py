@@ -52,7 +52,8 @@ class Tokenizer:
     """What the project knows of a tokenizer. Made by `load_tokenizer`.
 
     `pipeline` is a tokenizer.json's text, or a sentencepiece model that has none; `config` is what stands in
-    tokenizer_config.json. `stop_ids` are the ids that end generation: EOS and what generation_config.json adds.
+    tokenizer_config.json. `stop_ids` are the ids that end generation: EOS and what generation_config.json adds;
+    `prefix` and `suffix` what `add_special` puts around a text.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Tokenizer:
         changed = add_declared_tokens(self._parsing, self.config)
         changed |= declare_frame(self._parsing, self.config)
         self._json = self._parsing.to_str() if changed or not isinstance(pipeline, str) else pipeline
-        self._prefix, self._suffix = special_frame(self._parsing, self.config)
+        self.prefix, self.suffix = special_frame(self._parsing, self.config)
         if isinstance(self._parsing, SentencepiecePipeline):
             self._plain: Pipeline | SentencepiecePipeline = self._parsing.copy()
         else:
@@ -156,7 +157,7 @@ class Tokenizer:
         return self._parsing.id_to_token(token_id)
 
     def _framed(self, ids: list[int], add_special: bool) -> list[int]:
-        return [*self._prefix, *ids, *self._suffix] if add_special else ids
+        return [*self.prefix, *ids, *self.suffix] if add_special else ids
 
     @cached_property
     def vocab_size(self) -> int:
@@ -172,7 +173,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides ids: equal fingerprints give equal ids."""
-        state = {"pipeline": self._json, "frame": [self._prefix, self._suffix], "special": self.special_tokens}
+        state = {"pipeline": self._json, "frame": [self.prefix, self.suffix], "special": self.special_tokens}
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     # ---- templates and files ----
