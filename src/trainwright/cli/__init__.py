@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from trainwright.cli import align, convert, doctor, prepare, recipes, train
+from trainwright.cli import align, convert, doctor, plan, prepare, recipes, train
 from trainwright.errors import UserError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes.app, name="recipes")
 app.command("models")(recipes.models)
+app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.add_typer(convert.app, name="convert")

@@ -6,7 +6,7 @@ Owns how they are put together, from the very objects that training builds from,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from trainwright.model.config import BlockConfig, ModelConfig
 from trainwright.parallel.layout import Layout
@@ -27,6 +27,15 @@ class Stage:
     embedding: bool
     head: bool
     in_flight: float
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of one shape in a stage: what is counted for one holds for all."""
+
+    layer: int
+    count: int
+    parameters: tuple[Parameter, ...]
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,44 @@ class Job:
         return self.layout.dp_shard * self.layout.cp if self.layout.zero else 1
 
     @cached_property
-    def parameters(self) -> list[Parameter]:
-        return parameters(self.config, self.recipe.model.frozen)
+    def parameters(self) -> tuple[Parameter, ...]:
+        return parameters(self.config, tuple(self.recipe.model.frozen))
+
+    @cached_property
+    def by_layer(self) -> dict[int | None, tuple[Parameter, ...]]:
+        """Parameters of each layer; None: those outside of the layers."""
+        found: dict[int | None, list[Parameter]] = {None: []}
+        for item in self.parameters:
+            found.setdefault(item.layer, []).append(item)
+        return {layer: tuple(items) for layer, items in found.items()}
+
+    @cached_property
+    def kinds(self) -> dict[int, int]:
+        """Layer -> the first layer that is like it in shape and in what is trained."""
+        first: dict[tuple[object, ...], int] = {}
+        found = {}
+        for layer, block in enumerate(self.config.layers):
+            key = (block, tuple(item.trained for item in self.by_layer.get(layer, ())))
+            found[layer] = first.setdefault(key, layer)
+        return found
+
+    def groups(self, stage: Stage) -> list[LayerGroup]:
+        """The stage's layers by kind."""
+        counts: dict[int, int] = {}
+        for layer in stage.layers:
+            counts[self.kinds[layer]] = counts.get(self.kinds[layer], 0) + 1
+        return [LayerGroup(layer, count, self.by_layer.get(layer, ())) for layer, count in counts.items()]
+
+    def outer(self, stage: Stage) -> tuple[Parameter, ...]:
+        """Embedding, final norm and head, as far as the stage has them. A tied head's stage has the token table too."""
+        tied = self.config.lm_head.tied
+
+        def here(item: Parameter) -> bool:
+            if item.name.startswith(("norm.", "project_out.", "lm_head.")):
+                return stage.head
+            return stage.embedding or (tied and stage.head and item.name.startswith("embed_tokens."))
+
+        return tuple(item for item in self.by_layer[None] if here(item))
 
     @cached_property
     def trained(self) -> frozenset[str]:
@@ -93,8 +138,7 @@ class Job:
         if pp == 1:
             return (Stage(0, tuple(range(self.config.num_layers)), True, True, 1),)
         chunks = 1 if schedule == "1f1b" else 2
-        costs = estimate_costs(self.config, self.seq_len, self.recompute)
-        parts = split_layers(costs, pp * chunks)
+        parts = _split(self.config, self.seq_len, self.recompute, pp * chunks)
         return tuple(self._stage(rank, parts, chunks) for rank in range(pp))
 
     def _stage(self, rank: int, parts: tuple[range, ...], chunks: int) -> Stage:
@@ -116,3 +160,9 @@ class Job:
 
     def changed(self, **changes: object) -> Job:
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=64)
+def _split(config: ModelConfig, seq_len: int, recompute: str, stages: int) -> tuple[range, ...]:
+    """The layers of each stage, as training splits them."""
+    return split_layers(estimate_costs(config, seq_len, recompute), stages)

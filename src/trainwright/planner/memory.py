@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from trainwright.planner.activations import LayerActivations, layer_activations
+from trainwright.planner.activations import layer_activations
 from trainwright.planner.hardware import GIB
 from trainwright.planner.job import Job, Stage
 from trainwright.planner.program import chunk_tokens
-from trainwright.planner.states import States, group_elements, stage_parameters, stage_states
+from trainwright.planner.states import States, stage_states, sum_states, whole_elements
 
 Parts = dict[str, int]
 
@@ -117,28 +117,24 @@ class _Walk:
 
     def __init__(self, job: Job, stage: Stage) -> None:
         self.job, self.stage, self.program = job, stage, job.program
-        self.items = stage_parameters(job, stage)
         self.states = stage_states(job, stage)
-        self.by_layer = {layer: [item for item in self.items if item.layer == layer] for layer in stage.layers}
-        self.outer = [item for item in self.items if item.layer is None]
-        self.activations = self._activations()
+        self.groups = job.groups(stage)
+        self.outer = job.outer(stage)
+        self.activations = {group.layer: layer_activations(job, group.layer) for group in self.groups}
         self.device = "cpu" if job.cluster.card.name == "CPU" else "gpu"
-
-    def _activations(self) -> dict[int, LayerActivations]:
-        """Of every layer; equal layers are counted once."""
-        made: dict[tuple[object, ...], LayerActivations] = {}
-        found = {}
-        for layer in self.stage.layers:
-            trained = tuple(item.trained for item in self.by_layer[layer])
-            key = (id(self.job.block(layer)), trained)
-            if key not in made:
-                made[key] = layer_activations(self.job, layer)
-            found[layer] = made[key]
-        return found
 
     def run(self) -> StageMemory:
         moments = [*self._step(), self._optimizer(), self._evaluation(), self._save()]
         return StageMemory(self.stage, self.states, tuple(moments))
+
+    def _whole(self, *, trained: bool = False) -> int:
+        """Elements of all of the stage's weights after tensor and expert parallelism."""
+        layers = sum(group.count * whole_elements(self.job, group.parameters, trained=trained) for group in self.groups)
+        return layers + whole_elements(self.job, self.outer, trained=trained)
+
+    def _largest_layer(self, *, trained: bool = False) -> int:
+        sizes = [whole_elements(self.job, group.parameters, trained=trained) for group in self.groups]
+        return max(sizes, default=0)
 
     # ---- what stands through a whole step
 
@@ -162,23 +158,22 @@ class _Walk:
         """Whole weights of a running layer and its neighbours, and what stays whole through the step."""
         program, layout = self.program, self.job.layout
         if self.job.shards == 1:
-            cast = program.cast * group_elements(self.job, [item for item in self.items if item.quantization is None])
+            cast = program.cast * self._whole(trained=True)
             return {"weights in compute type": cast} if cast else {}
-        outer = group_elements(self.job, self.outer) * program.compute if program.outer_gathered else 0
-        layer = max((group_elements(self.job, items) for items in self.by_layer.values()), default=0)
         if layout.zero >= 3:
-            return {"gathered weights": outer + int(program.gathered_layers * layer * program.compute)}
+            outer = whole_elements(self.job, self.outer) if program.outer_gathered else 0
+            layers = int(program.gathered_layers * self._largest_layer())
+            return {"gathered weights": (outer + layers) * program.compute}
         if layout.zero >= program.weights_sharded_from:
-            return {"gathered weights": group_elements(self.job, self.items) * program.compute}
+            return {"gathered weights": self._whole() * program.compute}
         return {}
 
     def _reducing(self) -> int:
         """Whole gradients of a layer before they are summed and sharded."""
         if self.job.shards == 1:
             return 0
-        sizes = [group_elements(self.job, items, trained=True) for items in self.by_layer.values()]
-        layer = max(sizes, default=0)
-        return int(layer * (self.program.compute + self.program.reducing_layers * self.program.reduce))
+        each = self.program.compute + self.program.reducing_layers * self.program.reduce
+        return int(self._largest_layer(trained=True) * each)
 
     # ---- moments
 
@@ -186,57 +181,41 @@ class _Walk:
         """The loss, where everything is kept, and the fullest point of the backward pass."""
         job = self.job
         again = job.accumulation > 1
-        kept = {layer: self._held(layer) for layer in self.stage.layers}
-        in_flight = self.stage.in_flight
+        held = {group.layer: self._held(group.layer) for group in self.groups}
+        kept = sum(group.count * held[group.layer] for group in self.groups)
         standing = self._base(gradients=again) | self._gathered()
-        everything = int(in_flight * sum(kept.values())) + self._outer_kept()
+        everything = int(self.stage.in_flight * kept) + self._outer_kept()
         loss = self._loss() if self.stage.head else {}
-        at_loss = Moment("loss", standing | {"activations": everything} | loss)
-        if not any(item.trained for item in self.items):
-            return [at_loss]
-        moments = [at_loss]
-        layers = list(reversed(self.stage.layers))
-        own = self._own_gradients()
-        waiting = everything
-        come = own["outer"] if not again else 0
-        loss_kept = self._loss_kept() if self.stage.head else 0
+        moments = [Moment("loss", standing | {"activations": everything} | loss)]
+        if job.trained:
+            moments.append(self._backward(standing, everything, held, again))
+        return moments
+
+    def _backward(self, standing: Parts, everything: int, held: dict[int, int], again: bool) -> Moment:
+        """Layer by layer from the last: kept tensors go, gradients come (from the second micro batch on they are there
+        already), and the running layer has its gradients and what it computes again."""
+        own = {group.layer: sum_states(self.job, group.parameters).gradients for group in self.groups}
+        waiting, after_loss = everything, self._loss_kept() if self.stage.head else 0
+        come = sum_states(self.job, self.outer).gradients if self.stage.head else 0
         best: Moment | None = None
-        for layer in layers:
-            activations = self.activations[layer]
-            running = activations.work + max(0, activations.total - kept[layer])
+        for layer in sorted(self.stage.layers, reverse=True):
+            kind = self.job.kinds[layer]
+            activations = self.activations[kind]
+            running = activations.work + max(0, activations.total - held[kind])
             parts = standing | {
                 "activations": waiting,
-                "recomputed and gradients of a layer": running + loss_kept,
-                "gradients": standing.get("gradients", 0) + come,
+                "a layer's backward pass": running + after_loss,
+                "gradients": standing.get("gradients", 0) if again else come,
                 "reduction buffers": self._reducing(),
             }
             here = Moment("backward", {name: size for name, size in parts.items() if size})
             best = here if best is None or here.total > best.total else best
-            waiting -= kept[layer]
-            come += own[layer] if not again else 0
-            loss_kept = 0
-        if best is not None:
-            moments.append(best)
-        return moments
-
-    def _own_gradients(self) -> dict[object, int]:
-        """Gradients that each layer's backward pass leaves on this rank."""
-        from trainwright.planner.states import sum_states
-
-        found: dict[object, int] = {}
-        made: dict[object, int] = {}
-        for layer, items in self.by_layer.items():
-            key = (id(self.job.block(layer)), tuple(item.trained for item in items))
-            if key not in made:
-                made[key] = sum_states(self.job, items).gradients
-            found[layer] = made[key]
-        found["outer"] = sum_states(self.job, self.outer).gradients if self.stage.head else 0
-        return found
+            waiting, after_loss, come = waiting - held[kind], 0, come + own[kind]
+        return best or Moment("backward", standing)
 
     def _held(self, layer: int) -> int:
-        activations = self.activations[layer]
-        held = activations.held(self.job.recompute)
-        return held if not self._offloads("activations") else 0
+        """What a layer keeps for its backward pass on the device."""
+        return 0 if self._offloads("activations") else self.activations[layer].held(self.job.recompute)
 
     def _outer_kept(self) -> int:
         """Token ids, labels, positions, rotary tables, and the stream before the head."""
@@ -280,7 +259,7 @@ class _Walk:
 
     def _evaluation(self) -> Moment:
         """A forward pass that keeps nothing: one layer at work, and a chunk of logits."""
-        works = [self.activations[layer].forward_work for layer in self.stage.layers]
+        works = [activations.forward_work for activations in self.activations.values()]
         stream = 2 * self.job.stream_tokens * self.job.config.hidden_size * self.program.stream
         parts = self._base(gradients=False) | self._gathered()
         parts["activations"] = max(works, default=0) + stream + self._outer_kept()
@@ -290,9 +269,8 @@ class _Walk:
 
     def _save(self) -> Moment:
         """Checkpoints go from the shards to files; an export gathers one whole tensor at a time."""
-        from math import prod
-
-        whole = max((prod(item.shape) for item in self.items), default=0) * self.program.trained
+        items = [item for group in self.groups for item in group.parameters] + list(self.outer)
+        whole = max((item.numel for item in items), default=0) * self.program.trained
         parts = self._base(gradients=False)
         if self.job.layout.world_size > 1:
             parts["gathered weights"] = whole

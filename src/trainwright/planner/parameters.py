@@ -8,9 +8,10 @@ expert parallel the stack of experts, FSDP dimension 0 of what is left, into equ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, Literal
 
 from trainwright.model.config import ModelConfig, linears
@@ -47,20 +48,20 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def parameters(config: ModelConfig, frozen: Iterable[str] = ()) -> list[Parameter]:
+@lru_cache(maxsize=16)
+def parameters(config: ModelConfig, frozen: tuple[str, ...] = ()) -> tuple[Parameter, ...]:
     """All of them. `frozen`: patterns of names that stay fixed; with adapters, only the adapters are trained."""
     leaves = dict(linears(config))
     adapted = any(leaf.adapter is not None for leaf in leaves.values())
-    patterns = tuple(frozen)
     found = []
     for name, shape in parameter_shapes(config).items():
         module, _, leaf = name.rpartition(".")
         linear = leaves.get(module)
         quantization = linear.quantization if linear is not None and leaf == "weight" else None
-        trained = not adapted and not any(fnmatchcase(name, pattern) for pattern in patterns)
+        trained = not adapted and not any(fnmatchcase(name, pattern) for pattern in frozen)
         cut, units = _cut(config, module, leaf, len(shape))
         found.append(Parameter(name, shape, _kind(name), _layer(name), cut, units, quantization, trained))
-    return found + list(_adapters(config, leaves))
+    return (*found, *_adapters(config, leaves))
 
 
 def _adapters(config: ModelConfig, leaves: dict[str, Any]) -> Iterator[Parameter]:

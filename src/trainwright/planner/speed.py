@@ -11,8 +11,8 @@ from functools import cached_property
 
 from trainwright.planner.collectives import Wires
 from trainwright.planner.hardware import GIGA, TERA
-from trainwright.planner.job import Job, Stage
-from trainwright.planner.states import group_elements, stage_parameters, stage_states
+from trainwright.planner.job import Job, LayerGroup, Stage
+from trainwright.planner.states import stage_states, whole_elements
 from trainwright.planner.work import Work, head_work, kv_width, layer_work
 
 
@@ -98,26 +98,8 @@ class _StageTime:
     def __init__(self, job: Job, stage: Stage) -> None:
         self.job, self.stage, self.program = job, stage, job.program
         self.wires = Wires(job.cluster, job.calibration, job.layout, job.shards)
-        self.items = stage_parameters(job, stage)
-        self.works = self._works()
+        self.works = [(group, layer_work(job, group.layer)) for group in job.groups(stage)]
         self.head = head_work(job) if stage.head else Work()
-
-    def _works(self) -> list[tuple[int, Work, list[object]]]:
-        """(how many such layers, their work, their parameters)."""
-        found: dict[tuple[object, ...], tuple[int, Work, list[object]]] = {}
-        by_layer: dict[int, list[object]] = {layer: [] for layer in self.stage.layers}
-        for item in self.items:
-            if item.layer is not None:
-                by_layer[item.layer].append(item)
-        for layer in self.stage.layers:
-            items = by_layer[layer]
-            key = (id(self.job.block(layer)), tuple(item.trained for item in items))  # type: ignore[attr-defined]
-            if key in found:
-                count, work, same = found[key]
-                found[key] = (count + 1, work, same)
-            else:
-                found[key] = (1, layer_work(self.job, layer), items)
-        return list(found.values())
 
     @cached_property
     def micro_batch(self) -> float:
@@ -128,23 +110,23 @@ class _StageTime:
     def computed_flops(self) -> float:
         """Of one micro batch on this rank, recomputation included."""
         again = {"full": 1.0, "selective": 0.0}.get(self.job.recompute, 0.0)
-        layers = sum(count * (work.flops + again * work.forward_flops) for count, work, _ in self.works)
+        layers = sum(group.count * (work.flops + again * work.forward_flops) for group, work in self.works)
         return layers + self.head.flops
 
     @cached_property
     def parts(self) -> dict[str, float]:
         """Seconds of one micro batch by part."""
         parts: dict[str, float] = {}
-        for count, work, items in self.works:
-            for name, seconds in self._layer(work, items).items():
-                parts[name] = parts.get(name, 0.0) + count * seconds
+        for group, work in self.works:
+            for name, seconds in self._layer(work, group).items():
+                parts[name] = parts.get(name, 0.0) + group.count * seconds
         for name, (forward, backward) in self.head.parts.items():
             parts[name] = parts.get(name, 0.0) + forward + backward
         hidden = self.job.config.hidden_size * self.job.stream_tokens * self.program.compute
         parts["pipeline sends"] = 2 * self.wires.send("pp", hidden) if self.job.layout.pp > 1 else 0.0
         return parts
 
-    def _layer(self, work: Work, items: list[object]) -> dict[str, float]:
+    def _layer(self, work: Work, group: LayerGroup) -> dict[str, float]:
         """One layer: its computation, what is computed again, and the communication that shows."""
         parts = {name: forward + backward for name, (forward, backward) in work.parts.items()}
         again = self._again(work)
@@ -155,8 +137,8 @@ class _StageTime:
             parts["host"] = short
         inner_forward, inner_backward = self._activations_travel()
         parts["activations' travel"] = inner_forward + inner_backward
-        elements = group_elements(self.job, items)  # type: ignore[arg-type]
-        trained = group_elements(self.job, items, trained=True)  # type: ignore[arg-type]
+        elements = whole_elements(self.job, group.parameters)
+        trained = whole_elements(self.job, group.parameters, trained=True)
         forward, backward = self._weights_travel(elements, trained)
         shown, slowed = 0.0, 0.0
         for travel, compute in ((forward, work.forward), (backward, work.backward + again)):
@@ -218,15 +200,16 @@ class _StageTime:
         """Gathers and sums at the ends of a step, behind which nothing runs: embedding, head, and the ZeRO stages
         that talk once a step."""
         job, wires, program = self.job, self.wires, self.program
-        outer = [item for item in self.items if item.layer is None]
         if job.layout.world_size == 1:
             return 0.0
-        elements, trained = group_elements(job, outer), group_elements(job, outer, trained=True)
+        outer = job.outer(self.stage)
+        elements, trained = whole_elements(job, outer), whole_elements(job, outer, trained=True)
         ends = wires.all_gather("shard", elements * program.compute)
         ends += wires.reduce_scatter("shard", trained * program.reduce)
         ends += wires.all_reduce("replicate", trained * program.reduce / max(1, job.shards))
         if 0 < job.layout.zero < program.weights_sharded_from:  # updated shards go back to all (ZeRO 1 and 2)
-            ends += wires.all_gather("shard", group_elements(job, self.items, trained=True) * program.compute)
+            layers = sum(group.count * whole_elements(job, group.parameters, trained=True) for group, _ in self.works)
+            ends += wires.all_gather("shard", (layers + trained) * program.compute)
         return ends
 
     def _optimizer(self) -> float:

@@ -27,27 +27,15 @@ class States:
     def __add__(self, other: States) -> States:
         return States(*(mine + theirs for mine, theirs in zip(self.values(), other.values(), strict=True)))
 
+    def __mul__(self, count: int) -> States:
+        return States(*(size * count for size in self.values()))
+
     def values(self) -> tuple[int, ...]:
         return self.weights, self.quantized, self.adapters, self.gradients, self.optimizer
 
     @property
     def total(self) -> int:
         return sum(self.values())
-
-
-def in_stage(item: Parameter, stage: Stage, tied: bool) -> bool:
-    """Whether a pipeline rank holds a parameter. A tied head's stage holds the token table too."""
-    if item.layer is not None:
-        return item.layer in stage.layers
-    if item.name.startswith(("norm.", "project_out.", "lm_head.")):
-        return stage.head
-    return stage.embedding or (tied and stage.head and item.name.startswith("embed_tokens."))
-
-
-def stage_parameters(job: Job, stage: Stage) -> list[Parameter]:
-    """What a pipeline rank holds, before tensor, expert and data parallelism."""
-    tied = job.config.lm_head.tied
-    return [item for item in job.parameters if in_stage(item, stage, tied)]
 
 
 def local_shape(job: Job, item: Parameter) -> tuple[int, ...]:
@@ -102,18 +90,17 @@ def optimizer_bytes(job: Job, item: Parameter, shape: tuple[int, ...], updated: 
 
 def stage_states(job: Job, stage: Stage) -> States:
     """What one rank of a pipeline stage keeps from step to step."""
-    return sum_states(job, stage_parameters(job, stage))
-
-
-def sum_states(job: Job, items: Iterable[Parameter]) -> States:
-    """Summed over parameters; equal layers are counted once and multiplied."""
-    total = States()
-    for item in items:
-        total += parameter_states(job, item)
+    total = sum_states(job, job.outer(stage))
+    for group in job.groups(stage):
+        total += sum_states(job, group.parameters) * group.count
     return total
 
 
-def group_elements(job: Job, items: Iterable[Parameter], *, trained: bool = False) -> int:
-    """Elements of whole weights after tensor and expert parallelism: what a gather makes, or a gradient before it is
-    summed."""
+def sum_states(job: Job, items: Iterable[Parameter]) -> States:
+    """Summed over parameters."""
+    return sum((parameter_states(job, item) for item in items), States())
+
+
+def whole_elements(job: Job, items: Iterable[Parameter], *, trained: bool = False) -> int:
+    """Elements after tensor and expert parallelism: what a gather makes, or a gradient before it is summed."""
     return sum(math.prod(local_shape(job, item)) for item in items if not trained or item.trained)
