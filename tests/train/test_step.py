@@ -1,7 +1,5 @@
 """The loss's denominator, clipping, the loss scale, and the refusal of NaN: in every optimizer."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
@@ -25,7 +23,6 @@ def make(model, name="adamw", max_grad_norm=0.0, scale=None, step=TrainStep, **o
         WORLD,
         max_grad_norm=max_grad_norm,
         loss_scale=scale or LossScale(False),
-        compute=nullcontext,
     )
 
 

@@ -35,7 +35,7 @@ class Head(nn.Module):
     def forward(self, x_BSH: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S, V] in x's dtype; with labels the float32 sum of cross entropies over labels != -100."""
         weight = F.normalize(self.weight, dim=-1, eps=1e-12) if self.normalized else self.weight
-        if labels_BS is None:
-            return F.linear(x_BSH, weight, self.bias)
         weight = weight.to(x_BSH.dtype)
+        if labels_BS is None:
+            return F.linear(x_BSH, weight, self.bias if self.bias is None else self.bias.to(x_BSH.dtype))
         return linear_cross_entropy(x_BSH, weight, labels_BS, self.bias, self.shard)

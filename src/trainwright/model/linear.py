@@ -1,14 +1,24 @@
 """Builds a linear layer from its leaf of the tree: plain, in fewer bits, or with an adapter beside it."""
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from trainwright.model.config import LinearConfig
 
 
+class Linear(nn.Linear):
+    """y = x W^T + b in x's type. Weights that are kept wider (float32 masters under bf16 compute) are cast where they
+    are used, and their gradients arrive in their own type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = self.bias if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
 def build_linear(config: LinearConfig) -> nn.Module:
-    """The module of one leaf. What adapt/ put on the leaf builds itself; the plain case is torch's own."""
+    """The module of one leaf. What adapt/ put on the leaf builds itself; the plain case is torch's own, in x's type."""
     if config.adapter is not None:
         return config.adapter.build(config)
     if config.quantization is not None:
         return config.quantization.build(config)
-    return nn.Linear(config.in_features, config.out_features, bias=config.bias)
+    return Linear(config.in_features, config.out_features, bias=config.bias)

@@ -23,7 +23,7 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, linear.out_features, linear.in_features))
 
     def forward(self, x_MI: Tensor, counts_E: Tensor) -> Tensor:
-        return grouped_linear(x_MI, self.weight, counts_E)
+        return grouped_linear(x_MI, self.weight.to(x_MI.dtype), counts_E)
 
 
 def build_stacked_linear(linear: LinearConfig, num_experts: int) -> nn.Module:

@@ -91,6 +91,7 @@ class Transformer(nn.Module):
         self.config = config
         self.tied = config.lm_head.tied
         self.attention_backend: kernel.Backend = "auto"
+        self.compute_dtype: torch.dtype | None = None  # the type of the stream, which every part computes in
         self.embed_tokens: nn.Module | None = build_embedding(config.embed_tokens)
         positions = config.embed_positions
         self.embed_positions = nn.Embedding(positions.num_embeddings, positions.embedding_dim) if positions else None
@@ -232,12 +233,14 @@ class Transformer(nn.Module):
         if self.embed_tokens is None or input_ids.is_floating_point():
             return input_ids
         x_BSH = self.embed_tokens(input_ids)
+        x_BSH = x_BSH.to(self.compute_dtype or x_BSH.dtype)
         if self.config.embed_tokens.scale != 1.0:
             x_BSH = x_BSH * self.config.embed_tokens.scale
         if self.project_in is not None:
             x_BSH = self.project_in(x_BSH)
         if self.embed_positions is not None and self.config.embed_positions is not None:
-            x_BSH = x_BSH + self.embed_positions((position_ids + self.config.embed_positions.offset).clamp(min=0))
+            rows = (position_ids + self.config.embed_positions.offset).clamp(min=0)
+            x_BSH = x_BSH + self.embed_positions(rows).to(x_BSH.dtype)
         return self.embed_norm(x_BSH) if self.embed_norm is not None else x_BSH
 
     def _contexts(

@@ -6,7 +6,7 @@ Owns the checks and the order in which a model comes to life. Running the parts 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainwright.adapt.peft import load_adapter
+from trainwright.adapt.rewrite import adapted_config
+from trainwright.adapt.setup import freeze_base, start_adapters
 from trainwright.data.template import Template, load_template
 from trainwright.data.tokenizer import Tokenizer, load_tokenizer
 from trainwright.device import device_name
@@ -65,6 +68,12 @@ def find_sources(recipe: ModelRecipe, seq_len: int) -> Sources:
     return Sources(config, tokenizer, folder)
 
 
+def adapt(sources: Sources, recipe: Recipe) -> Sources:
+    """The tree with the recipe's adapters and fewer bits. Raises UserError for adapters that cannot be."""
+    config = adapted_config(sources.config, recipe.adapter, recipe.quantize, recipe.quantize_tables)
+    return replace(sources, config=config)
+
+
 def find_template(recipe: Recipe, tokenizer: Tokenizer) -> Template | None:
     """The chat template that is trained and exported; pretraining may have none."""
     try:
@@ -95,10 +104,14 @@ def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transfo
     settings = recipe.train
     with torch.device("meta"):
         model = Transformer(sources.config)
+    model.compute_dtype = DTYPES[settings.precision]
     model.set_attention_backend(recipe.model.attention)
+    if recipe.adapter is not None:
+        freeze_base(model)
     freeze(model, recipe.model.frozen)
-    master = torch.float32 if settings.master_weights else DTYPES[settings.precision]
-    model.to(master)
+    # Beside adapters, which stay float32, nothing is updated: the base needs no wider copy than the compute type's.
+    masters = settings.master_weights and recipe.adapter is None
+    model.to(torch.float32 if masters else DTYPES[settings.precision])
     spread = parallelize(
         model,
         world,
@@ -114,6 +127,10 @@ def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transfo
         load_weights(model, sources.folder)
     else:
         model.init_weights(settings.seed)
+    if recipe.adapter is not None:
+        start_adapters(model, settings.seed)
+        if recipe.adapter.path is not None:
+            load_adapter(model, recipe.adapter.path)
     return model.train(), spread
 
 

@@ -10,8 +10,8 @@ Owns both. When to evaluate is `trainer.py`'s decision, generating `model/genera
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -29,7 +29,6 @@ from trainwright.recipe.train import EvaluationRecipe
 from trainwright.train.step import IGNORED, to_inputs
 
 QUESTIONS_AT_ONCE = 32
-Compute = Callable[[], AbstractContextManager[Any]]
 
 
 class HeldOut:
@@ -44,7 +43,7 @@ class HeldOut:
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
 
-    def loss(self, model: torch.nn.Module, compute: Compute, micro_batch_size: int) -> dict[str, float]:
+    def loss(self, model: torch.nn.Module, micro_batch_size: int) -> dict[str, float]:
         """Loss of the whole split, or of `evaluation.max_batches` micro batches of each data rank."""
         if self.rows is None:
             return {}
@@ -58,9 +57,9 @@ class HeldOut:
             epochs=1.0,
         )
         with closing(loader):
-            return held_out_loss(model, islice(loader, self.recipe.max_batches), self.world, compute)
+            return held_out_loss(model, islice(loader, self.recipe.max_batches), self.world)
 
-    def answers(self, model: Transformer, compute: Compute) -> list[Answer]:
+    def answers(self, model: Transformer) -> list[Answer]:
         """Answers to `evaluation.generate` questions, the same on every rank."""
         if self.rows is None or not self.recipe.generate:
             return []
@@ -72,19 +71,17 @@ class HeldOut:
             self.tokenizer,
             stop_ids=self.stop_ids,
             max_new_tokens=self.recipe.max_new_tokens,
-            compute=compute,
         )
 
 
-def held_out_loss(model: torch.nn.Module, batches: Iterable[Batch], world: World, compute: Compute) -> dict[str, float]:
+def held_out_loss(model: torch.nn.Module, batches: Iterable[Batch], world: World) -> dict[str, float]:
     """Mean loss over the supervised tokens of `batches`, which every data rank has as many of; one wait at the end."""
     total = torch.zeros(2, dtype=widest_float(world.device), device=world.device)
     training = model.training
     model.eval()
     with torch.no_grad():
         for batch in batches:
-            with compute():
-                output = model(**to_inputs(batch, world.device))
+            output = model(**to_inputs(batch, world.device))
             total[0] += output.loss_sum
             total[1] += output.num_tokens
     model.train(training)
@@ -144,7 +141,6 @@ def answer_questions(
     *,
     stop_ids: Sequence[int],
     max_new_tokens: int,
-    compute: Compute,
 ) -> list[Answer]:
     """The likeliest answers, `QUESTIONS_AT_ONCE` at a time, those of like length together."""
     order = sorted(range(len(questions)), key=lambda number: len(questions[number].prompt))
@@ -152,8 +148,7 @@ def answer_questions(
     for start in range(0, len(order), QUESTIONS_AT_ONCE):
         numbers = order[start : start + QUESTIONS_AT_ONCE]
         prompts = [list(questions[number].prompt) for number in numbers]
-        with compute():
-            steps = list(generate(model, prompts, max_new_tokens=max_new_tokens, eos_token_ids=list(stop_ids)))
+        steps = list(generate(model, prompts, max_new_tokens=max_new_tokens, eos_token_ids=list(stop_ids)))
         for number, tokens in zip(numbers, torch.stack(steps, dim=1).tolist(), strict=True):
             ends = [at for at, token in enumerate(tokens) if token in stop_ids]
             answers[number] = Answer(

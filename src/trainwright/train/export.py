@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from trainwright.adapt.peft import adapters_of, save_adapter
 from trainwright.data.template import Template
 from trainwright.data.tokenizer import Tokenizer
 from trainwright.model.checkpoint import save_model
@@ -22,11 +23,18 @@ def export_model(
     tokenizer: Tokenizer,
     template: Template | None,
     *,
+    base: str | None,
     precision: Precision,
     world: World,
 ) -> Path:
-    """Writes the model in the type that it was computed in; every rank calls it. The trained template goes with it."""
-    save_model(model, folder, dtype=DTYPES[precision], write=world.is_main)
+    """Writes the model in the type that it was computed in; every rank calls it. The trained template goes with it.
+
+    Of a model with adapters only these are written, in PEFT's format; `base` is what they belong to.
+    """
+    if adapters_of(model):
+        save_adapter(model, folder, base=None if base is None else base.removeprefix("hf:"), write=world.is_main)
+    else:
+        save_model(model, folder, dtype=DTYPES[precision], write=world.is_main)
     if world.is_main:
         tokenizer.save(folder, template.jinja if template else None)
         _write_generation_config(folder, tokenizer, template)

@@ -57,6 +57,10 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -85,7 +89,12 @@ def check_folder(recipe: Recipe, resume: bool) -> RunFolder:
     if resume or not folder.path.is_dir():
         return folder
     saved = list_checkpoints(folder.checkpoints)
-    if saved or folder.model.exists() or (folder.metrics.exists() and folder.metrics.stat().st_size):
+    if (
+        saved
+        or folder.model.exists()
+        or folder.adapter.exists()
+        or (folder.metrics.exists() and folder.metrics.stat().st_size)
+    ):
         reached = f"a run with a checkpoint at step {saved[-1].step}" if saved else "a run's metrics"
         raise UserError(
             f"{folder.path} holds {reached}: go on with --resume, or keep it and start anew with "

@@ -10,8 +10,7 @@ Owns that arithmetic and the loss scale of fp16. What happens after a refused st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,14 +83,12 @@ class TrainStep:
         *,
         max_grad_norm: float,
         loss_scale: LossScale,
-        compute: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.model = model
         self.optimizers = optimizers
         self.world = world
         self.max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale
-        self.compute = compute
 
     def __call__(self, batches: Sequence[Batch], rate: float, stop_asked: bool = False) -> StepResult:
         """One update at learning rate `rate`. Gradients are freed afterwards."""
@@ -128,17 +125,15 @@ class TrainStep:
         total = torch.zeros((), dtype=count.dtype, device=self.world.device)
         for number, batch in enumerate(batches, 1):
             begin_micro_batch(self.model, self.world, last=number == len(batches))
-            with self.compute():
-                output = self.model(**to_inputs(batch, self.world.device))
+            output = self.model(**to_inputs(batch, self.world.device))
             self.share(output, count).backward()
             total += output.loss_sum.detach()
         return total
 
     def probe(self, batch: Batch) -> Tensor:
         """The loss of a micro batch as a step computes it, scaled alike, for a search that runs it once more."""
-        with self.compute():
-            output = self.model(**to_inputs(batch, self.world.device))
-            return self.share(output, torch.ones((), device=self.world.device))
+        output = self.model(**to_inputs(batch, self.world.device))
+        return self.share(output, torch.ones((), device=self.world.device))
 
     def share(self, output: LossOutput, count: Tensor) -> Tensor:
         """A micro batch's share of the step's loss, scaled, with the auxiliary loss.

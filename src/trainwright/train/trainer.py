@@ -22,6 +22,7 @@ from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, 
 from trainwright.parallel.mesh import join_world
 from trainwright.recipe.schema import Recipe
 from trainwright.train.build import (
+    adapt,
     build_costs,
     build_model,
     build_schedule,
@@ -71,7 +72,7 @@ class Trainer:
         self.folder = check_folder(recipe, resume is not False)
         check_optimizer(settings.optimizer)
         check_tracker(recipe.tracking.tracker)
-        self.sources = find_sources(recipe.model, recipe.data.seq_len)
+        self.sources = adapt(find_sources(recipe.model, recipe.data.seq_len), recipe)
         self.tokenizer = self.sources.tokenizer
         self.template = find_template(recipe, self.tokenizer)
         set_deterministic(settings.deterministic)
@@ -118,8 +119,7 @@ class Trainer:
     def _build_model(self) -> None:
         """The model in its layout, its optimizer, and the step that joins them."""
         settings = self.recipe.train
-        self.model, spread = build_model(self.recipe, self.sources, self.world)
-        self.compute = spread.compute
+        self.model, self.spread = build_model(self.recipe, self.sources, self.world)
         self.optimizers = build_optimizer(
             self.model,
             settings.optimizer,
@@ -134,7 +134,6 @@ class Trainer:
             self.world,
             max_grad_norm=settings.max_grad_norm,
             loss_scale=self.loss_scale,
-            compute=self.compute,
         )
         self.costs = build_costs(self.recipe, self.sources.config, self.model, self.world)
 
@@ -154,9 +153,10 @@ class Trainer:
         self._evaluate("after")
         model = export_model(
             self.model,
-            self.folder.model,
+            self.folder.adapter if self.recipe.adapter is not None else self.folder.model,
             self.tokenizer,
             self.template,
+            base=self.recipe.model.path,
             precision=self.recipe.train.precision,
             world=self.world,
         )
@@ -242,11 +242,11 @@ class Trainer:
 
     def _evaluate(self, when: str | None = None) -> None:
         """The held-out loss; `before` and `after` training also answers to its questions."""
-        figures: dict[str, Any] = self.held_out.loss(self.model, self.compute, self.loader.micro_batch_size)
+        figures: dict[str, Any] = self.held_out.loss(self.model, self.loader.micro_batch_size)
         if figures:
             self.journal.evaluation({"step": self.step, **figures})
         if when is not None:
-            answers = self.held_out.answers(self.model, self.compute)
+            answers = self.held_out.answers(self.model)
             self.journal.answers(when, {"step": self.step, **figures}, answers)
         self.clock = time.perf_counter()
 
