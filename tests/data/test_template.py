@@ -18,7 +18,7 @@ from trainwright.errors import UserError
 # The end-of-sequence token of the models that each shipped format was made for.
 EOS = {"chatml": "<|im_end|>", "qwen": "<|im_end|>", "llama3": "<|eot_id|>", "chatglm": "<eop>"}
 # Formats that leave an answer open: the end-of-sequence token is added after the last and taught after the others.
-OPEN = {"baichuan2", "chatglm2"}
+OPEN = {"baichuan2", "chatglm2", "glm4"}
 
 # What published models carry, written anew with the same behaviour: each breaks a simple way to find the answers.
 PUBLISHED = {
@@ -29,9 +29,10 @@ PUBLISHED_EOS = {
     "llama3.1": "<|eot_id|>",
     "gemma": "<eos>",
     "marked": "<|im_end|>",
+    "glm4": "<|endoftext|>",
 }
 # Formats that write an answer otherwise than it is given.
-TRIMS = {"llama2", "llama3", "llama3.1", "gemma"}
+TRIMS = {"llama2", "llama3", "llama3.1", "gemma", "glm4"}
 SPACED = {"llama2", "vicuna", "mistral", "mistral_v3", "bloomz", "belle"}
 
 
@@ -40,7 +41,8 @@ def template(name: str) -> Template:
     if name == "byte":
         return load_template(None, load_tokenizer("byte"))
     if name in PUBLISHED:
-        tokenizer = bpe_tokenizer(eos=PUBLISHED_EOS.get(name, "</s>"), chat_template=PUBLISHED[name])
+        stop = ["<|user|>"] if name == "glm4" else []
+        tokenizer = bpe_tokenizer(eos=PUBLISHED_EOS.get(name, "</s>"), chat_template=PUBLISHED[name], stop=stop)
         return load_template(None, tokenizer)
     return load_template(name, bpe_tokenizer(eos=EOS.get(name, "</s>")))
 
@@ -75,7 +77,8 @@ def trained_text(chat: Template, sample) -> str:
 
 def expected(name: str, chat: Template, answers: list[str]) -> str:
     """What must be trained: each answer as the format writes it, and the token that ends it."""
-    end = chat.tokenizer.token(chat.stop[0]) if name != "gemma" else "<end_of_turn>"
+    ends = {"gemma": "<end_of_turn>", "two_ends": "<|end|></s>"}
+    end = ends.get(name) or chat.tokenizer.token(chat.stop[0])
     pieces = []
     for at, answer in enumerate(answers):
         answer = answer.strip() if name in TRIMS else answer
@@ -85,9 +88,11 @@ def expected(name: str, chat: Template, answers: list[str]) -> str:
             answer = answer.lstrip("\n")
         if name == "qwen3" and at == len(answers) - 1:
             answer = "<think>\n\n</think>\n\n" + answer
+        answer = f"<think></think>\n{answer}" if name == "glm4" else answer
         answer = f" {answer}" if name in SPACED else answer
         answer = f"{answer} " if name == "llama2" else answer
-        pieces.append(answer + ("" if name in OPEN and at < len(answers) - 1 else end))
+        inner = at < len(answers) - 1
+        pieces.append(answer + ("<|user|>" if name == "glm4" and inner else "" if name in OPEN and inner else end))
     return "".join(pieces)
 
 
@@ -101,6 +106,8 @@ def test_ids_are_those_of_apply_chat_template(name):
         messages = messages_of(questions, answers, system)
         # transformers reads special tokens wherever they are spelled; we do not: see the injection test.
         if has_special(*questions, *answers, system or ""):
+            return
+        if name in OPEN and not answers[-1].strip():  # then EOS is taught in place of the template's white space
             return
         chat = template(name)
         ids = chat.encode(messages, loss_on="all").input_ids
@@ -125,7 +132,7 @@ def test_exactly_the_answers_are_trained(name):
         chat = template(name)
         sample = chat.encode(messages_of(questions, answers))
         assert trained_text(chat, sample) == expected(name, chat, answers)
-        assert len(sample.stops) == (len(answers) - 1 if name in OPEN else 0)
+        assert len(sample.stops) == (len(answers) - 1 if name in OPEN - {"glm4"} else 0)
         last = chat.encode(messages_of(questions, answers), loss_on="last")
         assert trained_text(chat, last) == expected(name, chat, answers)[-len(trained_text(chat, last)) :]
         assert sum(last.trained) <= sum(sample.trained)
@@ -234,7 +241,7 @@ def test_alpaca_keeps_instruction_and_input_apart():
 def test_two_named_templates_and_null_fields():
     named = [
         {"name": "default", "template": "{{ messages[0].content }}"},
-        {"name": "tool_use", "template": "{% if tools %}T{% endif %}{{ messages[0].content }}"},
+        {"name": "tool_use", "template": "{% for tool in tools %}T{% endfor %}{{ messages[0].content }}"},
     ]
     tokenizer = Tokenizer(bpe_tokenizer()._json, {"eos_token": "</s>", "chat_template": named})
     chat = load_template(None, tokenizer)

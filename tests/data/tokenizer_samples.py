@@ -1,6 +1,7 @@
 """Small tokenizers of every kind, made here: nothing is downloaded. Text that tokenizers are apt to get wrong."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -67,14 +68,16 @@ def bpe_json(specials: tuple[str, ...] = SPECIALS, bos: str | None = None) -> st
     return pipeline.to_str()
 
 
-def bpe_tokenizer(bos: str | None = "<s>", eos: str = "</s>", chat_template: str | None = None) -> Tokenizer:
-    """A tokenizer with every special token that a shipped template needs."""
+def bpe_tokenizer(
+    bos: str | None = "<s>", eos: str = "</s>", chat_template: str | None = None, stop: Sequence[str] = ()
+) -> Tokenizer:
+    """A tokenizer with every special token that a shipped template needs; generation ends at `stop` too."""
     config = {"eos_token": eos, "unk_token": "<unk>"}
     if bos is not None:
         config["bos_token"] = bos
     if chat_template is not None:
         config["chat_template"] = chat_template
-    return Tokenizer(bpe_json(), config)
+    return Tokenizer(bpe_json(), config, [SPECIALS.index(token) for token in stop])
 
 
 def write_folder(folder: Path, tokenizer_json: str, **files: str) -> Path:

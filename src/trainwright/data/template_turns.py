@@ -18,6 +18,14 @@ from trainwright.errors import UserError
 # Characters that texts do not hold: private use, planes 15 and 16. The first two free ones serve as marks.
 _MARKS = range(0xF0000, 0x10FFFE)
 
+# What a template is probed with: words that no template changes.
+_USER = {"role": "user", "content": "Zqa"}
+_ANSWER = {"role": "assistant", "content": "Zqb"}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "zq", "description": "Zq", "parameters": {"type": "object", "properties": {}, "required": []}},
+}
+
 Special = tuple[int, int, int]  # first character, one past the last, token id
 
 
@@ -54,7 +62,7 @@ class TurnFinder:
         self._variables = variables
         longest_first = sorted(special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._header, closing, self._closes_inner = self._probe()
+        self._header, closing, self._closes_inner = self._probe(stop)
         self.stop = tuple(dict.fromkeys([*stop, *([] if closing is None else [closing])]))
 
     # ---- rendering ----
@@ -118,7 +126,7 @@ class TurnFinder:
         turns: list[Turn] = []
         for at in places:
             start = self._start(messages, tools, rendering, at)
-            turns.append(self._turn(messages, rendering, at, start))
+            turns.append(self._turn(messages, tools, rendering, at, start))
         for earlier, later in itertools.pairwise(turns):
             if earlier.end > later.start:
                 raise UserError("chat template: two answers overlap, so neither can be trained: set data.loss_on=last")
@@ -188,33 +196,70 @@ class TurnFinder:
                 yield text[: specials[-1][1]]
             yield text[specials[-1][0] :]
 
-    def _turn(self, messages: Sequence[Message], rendering: Rendering, at: int, start: int) -> Turn:
+    def _turn(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        rendering: Rendering,
+        at: int,
+        start: int,
+    ) -> Turn:
         """The turn that starts at `start`, through its end-of-turn token."""
         if at == len(messages) - 1 or self._closes_inner:
             for _, last, token_id in rendering.specials:
                 if last > start and token_id in self.stop:
                     return Turn(start, last, True)
-        # Nothing ends the answer: it is its content, without the space that templates put around.
-        content = messages[at].get("content") or ""
-        if not isinstance(content, str) or messages[at].get("tool_calls"):
-            raise UserError("chat template does not end its answers, and this one is no plain text")
-        for written in (content, content.strip()):
-            found = rendering.text.find(written, start)
-            if found >= 0 and not rendering.text[start:found].strip():
-                return Turn(start, found + len(written), False)
+        return Turn(start, self._open_end(messages, tools, rendering, at, start), False)
+
+    def _open_end(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        rendering: Rendering,
+        at: int,
+        start: int,
+    ) -> int:
+        """Where an answer that nothing ends is over: its content, else what is there when it is the last message."""
+        content = messages[at].get("content")
+        if isinstance(content, str) and content.strip() and not messages[at].get("tool_calls"):
+            for written in (content, content.strip()):
+                found = rendering.text.find(written, start)
+                if found >= 0 and not rendering.text[start:found].strip():
+                    return found + len(written)
+        until = self._text(messages[: at + 1], tools).rstrip()
+        if rendering.text.startswith(until) and len(until) >= start:
+            return len(until)
         raise UserError("chat template changes an answer's text and does not end it: it cannot be trained")
 
-    def _probe(self) -> tuple[str, int | None, bool]:
-        """What stands before an answer, the special token after one (None: none), and whether inner answers have it."""
-        user, answer = {"role": "user", "content": "Zqa"}, {"role": "assistant", "content": "Zqb"}
-        asked, prompt = self._text([user], None), self._text([user], None, add_generation_prompt=True)
+    def _probe(self, stop: Sequence[int]) -> tuple[str, int | None, bool]:
+        """What stands before an answer, the token that ends one (None: none), and whether inner answers are ended.
+
+        Templates for tools alone fail without any: those are shown one.
+        """
+        try:
+            self._text([_USER], None)
+            tools = None
+        except UserError:
+            tools = [_TOOL]
+        asked, prompt = self._text([_USER], tools), self._text([_USER], tools, add_generation_prompt=True)
         header = prompt[len(asked) :] if prompt.startswith(asked) else ""
-        last = self._text([user, answer], None).rpartition("Zqb")[2].lstrip()
-        inner = self._text([user, answer, user], None).rpartition("Zqb")[2].lstrip()
-        closing = self._special.match(last)
-        if closing is None:
-            return header, None, False
-        return header, self._special_ids[closing[0]], inner.startswith(closing[0])
+        last = self._specials_after_answer(self._text([_USER, _ANSWER], tools))
+        inner = self._specials_after_answer(self._text([_USER, _ANSWER, _USER], tools))
+        shared = [one for one, other in zip(last, inner, strict=False) if one == other]
+        # Several may follow (a mark for the answer's end, then the turn's): the one that servers stop at counts.
+        ends = shared or last
+        closing = next((token for token in ends if token in stop), ends[0] if ends else None)
+        # Some end an answer by the next speaker's mark, which is then among the tokens that servers stop at.
+        return header, closing, bool(shared) or (bool(inner) and inner[0] in stop)
+
+    def _specials_after_answer(self, text: str) -> list[int]:
+        """Ids of the special tokens that follow the probe's answer with nothing but white space before."""
+        after = text.rpartition(_ANSWER["content"])[2].lstrip()
+        ids: list[int] = []
+        while found := self._special.match(after):
+            ids.append(self._special_ids[found[0]])
+            after = after[found.end() :]
+        return ids
 
 
 def find_specials(pattern: re.Pattern[str], ids: Mapping[str, int], text: str) -> list[Special]:
