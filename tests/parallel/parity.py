@@ -1,4 +1,4 @@
-"""The proof of a layout: three optimizer steps in it and on one process, losses and every parameter's gradient compared.
+"""The proof of a layout: three optimizer steps in it and on one process, losses and each parameter's gradient compared.
 
     expect(Case("llama", Layout(world_size=4, tp=2, pp=2)))
 
@@ -66,7 +66,7 @@ class _Recorded(Optimizers):
     """Notes every whole gradient before the update."""
 
     def __init__(self, inner: Optimizers, trace: Trace) -> None:
-        super().__init__(inner.parts, {tensor: name for tensor, name in inner.names.items()})
+        super().__init__(inner.parts, dict(inner.names))
         self.trace = trace
 
     def step(self, coefficient: Tensor, bad: Tensor) -> None:
@@ -85,7 +85,7 @@ def trace_of(case: Case, change: Callable[[], None] | None = None) -> Trace:
         change()
     world = world_of(case.layout)
     with torch.device("meta"):
-        model = Transformer(models.MODELS[case.model](case.layers))
+        model = Transformer(models.build(case.model, case.layers))
     spread = parallelize(model, world, case.recipe, precision="fp32", compile_layers=False, seq_len=case.length)
     model.to_empty(device="cpu")
     model.tie_weights()
@@ -99,7 +99,6 @@ def trace_of(case: Case, change: Callable[[], None] | None = None) -> Trace:
         world,
         max_grad_norm=1.0,
         loss_scale=LossScale(False),
-        compute=spread.compute,
     )
     for step in range(STEPS):
         result = take(micro_batches(case, step, world.data_rank), 1e-2)

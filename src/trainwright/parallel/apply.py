@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from trainwright.model.config import ModelConfig
 from trainwright.model.moe import Experts
@@ -23,7 +24,7 @@ from trainwright.parallel.expert import apply_experts
 from trainwright.parallel.layout import check_model, kv_heads_of_rank
 from trainwright.parallel.mesh import World
 from trainwright.parallel.offload import apply_offload
-from trainwright.parallel.pipeline import Cut, Pipeline, cut_model
+from trainwright.parallel.pipeline import Cut, Pipeline, cut_model, measure_costs
 from trainwright.parallel.recompute import apply_recompute
 from trainwright.parallel.sequence import apply_sequence
 from trainwright.parallel.shard import apply_fsdp
@@ -68,8 +69,7 @@ def parallelize(
     pp, tp, cp = world.axis("pp"), world.axis("tp"), world.axis("cp")
     cut, stages, rows = None, [model], None
     if pp is not None:
-        costs = estimate_costs(config, seq_len, recipe.recompute)
-        cut = Cut.of(costs, rank=pp.get_local_rank(), pp=pp.size(), schedule=recipe.pp_schedule)
+        cut = _cut(model, pp, recipe, world, DTYPES[precision], seq_len)
         stages = cut_model(model, cut)
     for stage in stages:
         if tp is not None:
@@ -94,9 +94,32 @@ def parallelize(
     if cut is None or pp is None:
         return Spread(compute, rows=rows)
     shape = _stream_shape(rows, layout.cp)
-    dtype = DTYPES[precision]
-    pipeline = Pipeline(model, stages, cut, pp, device=world.device, stream_dtype=dtype, stream_shape=shape)
+    pipeline = Pipeline(
+        model,
+        stages,
+        cut,
+        pp,
+        device=world.device,
+        stream_dtype=DTYPES[precision],
+        stream_shape=shape,
+        split_backward=recipe.recompute == "none" and not compile_layers,
+    )
     return Spread(compute, pipeline, rows)
+
+
+def _cut(
+    model: Transformer, pp: DeviceMesh, recipe: ParallelRecipe, world: World, dtype: torch.dtype, seq_len: int
+) -> Cut:
+    """Where the pipeline is cut: as asked, else by what the parts cost."""
+    config, wish = model.config, recipe.pp_layers
+    if wish == "measured" or (wish == "auto" and world.device.type != "cpu"):
+        length, full = seq_len // world.layout.cp, recipe.recompute == "full"
+        costs = measure_costs(config, device=world.device, dtype=dtype, length=length, full=full)
+    else:
+        costs = estimate_costs(config, seq_len, recipe.recompute)
+    counts = wish if isinstance(wish, list) else None
+    options: dict[str, Any] = {"schedule": recipe.pp_schedule, "per_rank": recipe.pp_stages, "counts": counts}
+    return Cut.of(costs, rank=pp.get_local_rank(), pp=pp.size(), **options)
 
 
 def _compute(world: World, precision: Precision) -> Compute:

@@ -12,8 +12,9 @@ choice.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
-from trainwright.errors import UserError
-from trainwright.model.config import ModelConfig, MoeConfig
+from trainwright.device import synchronize
+from trainwright.model.config import BlockConfig, ModelConfig, MoeConfig
 from trainwright.model.transformer import LossOutput, Transformer
 from trainwright.parallel.sequence import whole_row_facts
 from trainwright.parallel.split import PartCosts, Schedule, split_layers, stages_of_rank
@@ -112,10 +113,15 @@ class Pipeline:
         device: torch.device,
         stream_dtype: torch.dtype,
         stream_shape: Callable[[int, int], tuple[int, int]],
+        split_backward: bool = True,
     ) -> None:
-        """`stream_shape(rows, length)`: what of a micro batch's [rows, length] stream this rank passes on."""
+        """`stream_shape(rows, length)`: what of a micro batch's [rows, length] stream this rank passes on.
+
+        split_backward: zbv may take weight gradients later than input gradients. Not with recomputed or compiled
+        layers, which would run their forward twice: then both come at once, and the bubbles stay.
+        """
         self.model, self.cut, self.mesh, self.device = model, cut, mesh, device
-        self.stream_dtype, self.stream_shape = stream_dtype, stream_shape
+        self.stream_dtype, self.stream_shape, self.split_backward = stream_dtype, stream_shape, split_backward
         self.stages = dict(zip(cut.own, stages, strict=True))
         self.config = model.config
         self._calls = {index: _StageCall(index, stage, self) for index, stage in self.stages.items()}
@@ -180,13 +186,6 @@ class Pipeline:
         if self.cut.schedule == "zbv":
             return ScheduleZBVZeroBubble(stages, count, **options)
         if self.cut.schedule == "interleaved":
-            rounds = max(1, count // self.mesh.size())
-            if count % rounds:
-                near = rounds * self.mesh.size()
-                raise UserError(
-                    f"parallel.pp_schedule=interleaved cannot order {count} micro batches over {self.mesh.size()} "
-                    f"ranks: use {near} gradient accumulation steps, or pp_schedule=1f1b"
-                )
             return ScheduleInterleaved1F1B(stages, count, **options)
         # 1F1B is defined from as many micro batches as stages on; with fewer, all forwards come before all backwards.
         kind = Schedule1F1B if count >= len(self.cut.stages) else ScheduleGPipe
@@ -208,6 +207,8 @@ class Pipeline:
             input_args=(number,) if index == 0 else stream,
             output_args=(*scalars, scalars[0]) if index == self.cut.last else stream,
             group=self.mesh.get_group(),
+            # The head makes both its gradients at once, and cannot be differentiated twice.
+            dw_builder=None if self.split_backward and index != self.cut.last else _nothing_later,
         )
 
     def _stream(self, shape: tuple[int, ...], device: torch.device | str = "meta") -> tuple[Tensor, ...]:
@@ -355,6 +356,47 @@ class _StageCall:
             self.outputs.append(output)
             return tuple(output)
         return None
+
+
+def measure_costs(
+    config: ModelConfig, *, device: torch.device, dtype: torch.dtype, length: int, full: bool
+) -> PartCosts:
+    """Seconds of forward and backward of one row through each part, on this device; full: layers run forward twice.
+
+    Parts that are alike are measured once. Every process gets the first one's figures, so all cut alike.
+    """
+
+    def seconds(layers: tuple[BlockConfig, ...], *, embedding: bool = False, head: bool = False) -> float:
+        with torch.device("meta"):
+            part = Transformer(replace(config, layers=layers)).keep(range(len(layers)), embedding=embedding, head=head)
+        part.to(dtype).to_empty(device=device).init_weights()
+        ids = torch.zeros(1, length, dtype=torch.int64, device=device)
+        stream = torch.randn(1, length, config.hidden_size, dtype=dtype, device=device, requires_grad=True)
+        times = []
+        for _ in range(4):
+            synchronize(device)
+            start = time.perf_counter()
+            out = part(ids if embedding else stream, position_ids=ids, labels=ids)
+            (out.loss_sum if isinstance(out, LossOutput) else out.float().sum()).backward()
+            if full and layers:
+                with torch.no_grad():
+                    part(stream, position_ids=ids, labels=ids)
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        kinds = {block: seconds((block,)) for block in dict.fromkeys(config.layers)}
+        layers = tuple(kinds[block] for block in config.layers)
+        found = [PartCosts(layers, seconds((), embedding=True), seconds((), head=True))]
+    dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
+def _nothing_later() -> Callable[[], None]:
+    """torch's hook for weight gradients of one's own: with it, input and weight gradients come in one backward pass."""
+    return lambda: None
 
 
 def router_size(config: ModelConfig) -> int:

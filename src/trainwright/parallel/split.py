@@ -72,6 +72,16 @@ def stages_of_rank(rank: int, pp: int, schedule: Schedule, per_rank: int = 2) ->
     return tuple(range(rank, pp * per_rank, pp))
 
 
+def check_micro_batches(schedule: Schedule, pp: int, count: int) -> None:
+    """Raises UserError where a schedule cannot order `count` micro batches; any other number works, with bubbles."""
+    rounds = max(1, count // pp)
+    if pp > 1 and schedule == "interleaved" and count % rounds:
+        raise UserError(
+            f"parallel.pp_schedule=interleaved cannot order {count} micro batches over pp={pp} ranks: use "
+            f"{rounds * pp} gradient accumulation steps, or parallel.pp_schedule=1f1b"
+        )
+
+
 def _given(counts: Sequence[int], num_layers: int, num_stages: int) -> tuple[range, ...]:
     """Ranges of the given lengths."""
     if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 0 or 0 in counts[1:-1]:

@@ -19,6 +19,10 @@ class ParallelRecipe(Section):
     cp_method: Literal["auto", "ulysses", "ring"] = Field("auto", description="how attention crosses the split")
     pp: int = Field(1, ge=1, description="pipeline stages")
     pp_schedule: Literal["1f1b", "interleaved", "zbv"] = Field("1f1b", description="order of micro batches")
+    pp_stages: int = Field(2, ge=2, description="interleaved: stages of a rank")
+    pp_layers: list[int] | Literal["auto", "estimated", "measured"] = Field(
+        "auto", description="layers of each stage, or their costs: by FLOPs, or by the clock (auto: on accelerators)"
+    )
     ep: int = Field(1, ge=1, description="expert parallel degree, inside the data ranks")
     recompute: Literal["none", "selective", "full"] = Field("none", description="activations computed again backward")
     recompute_memory: float | None = Field(
