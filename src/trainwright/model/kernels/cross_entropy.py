@@ -88,7 +88,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(x_MH.shape[0], shard.size if shard else weight_VH.shape[0], x_MH.device.type)
         for begin in range(0, x_MH.shape[0], rows):
             part = slice(begin, begin + rows)
-            x, kept, label = x_MH[part], supervised_M[part], local_M[part]
+            kept, label = supervised_M[part], local_M[part]
+            # A row that is not trained must give no gradient. Zeroing its H inputs and its H outputs does that; zeroing
+            # its V probabilities would be another pass over the logits.
+            x = x_MH[part].masked_fill(~kept[:, None], 0.0)
             logits = _matmul_float32(x, weight_VH.t())
             logits = logits.add_(bias_V) if bias_V is not None else logits
             probabilities, loss_M = _probabilities(logits, label, shard)
@@ -96,26 +99,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not (need_x or need_w or need_b):
                 continue
             probabilities.scatter_add_(1, label.clamp(min=0)[:, None], -(label >= 0).float()[:, None])
-            probabilities.mul_(kept[:, None])
             if grad_b is not None:
-                grad_b += probabilities.sum(0)
+                grad_b += kept.float() @ probabilities
             grad = probabilities.to(x.dtype)
             if grad_x is not None:
-                torch.mm(grad, weight_VH, out=grad_x[part])
+                torch.mm(grad, weight_VH, out=grad_x[part]).masked_fill_(~kept[:, None], 0.0)
             if grad_w is not None:
                 _add_product(grad_w, grad.t(), x)
         ctx.dtypes = weight_VH.dtype, bias_V.dtype if bias_V is not None else None
-        ctx.save_for_backward(grad_x, grad_w, grad_b)
+        ctx.grads = grad_x, grad_w, grad_b
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        grad_x, grad_w, grad_b = ctx.saved_tensors
+        if ctx.grads is None:
+            raise RuntimeError("the loss of a linear head can be differentiated once: its gradients are scaled in place")
+        (grad_x, grad_w, grad_b), ctx.grads = ctx.grads, None
         factor = grads[0]
         return (
-            None if grad_x is None else (grad_x * factor).to(grad_x.dtype),
-            None if grad_w is None else (grad_w * factor).to(ctx.dtypes[0]),
-            None if grad_b is None else (grad_b * factor).to(ctx.dtypes[1]),
+            None if grad_x is None else grad_x.mul_(factor),
+            None if grad_w is None else grad_w.mul_(factor).to(ctx.dtypes[0]),
+            None if grad_b is None else grad_b.mul_(factor).to(ctx.dtypes[1]),
             None,
             None,
         )
