@@ -33,7 +33,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> RowSet:
         with RowWriter(folder / f"source-{source}") as writer:
             writer.add(pad_rows(segments))
         sources.append(PackedSource(folder / f"source-{source}", [str(folder / f"part-{source}")]))
-    return RowSet(sources, SEQ_LEN, 0, True, [1.0, 1.0], None, "abc")
+    return RowSet(SEQ_LEN, 0, True, sources, [1.0, 1.0], None, "abc")
 
 
 def numbers(loader: Loader, steps: int) -> list[list[int]]:
@@ -140,7 +140,7 @@ def test_a_batch_is_what_the_contract_says(rows: RowSet) -> None:
 
 def test_a_failure_while_reading_ahead_reaches_the_caller(rows: RowSet, tmp_path: Path) -> None:
     broken = RowSet(
-        [PackedSource(rows.sources[0].prefix, [str(tmp_path / "gone")])], SEQ_LEN, 0, True, [1.0], None, "abc"
+        SEQ_LEN, 0, True, [PackedSource(rows.sources[0].prefix, [str(tmp_path / "gone")])], [1.0], None, "abc"
     )
     with pytest.raises(FileNotFoundError):
         next(Loader(broken, micro_batch_size=1))
@@ -155,6 +155,6 @@ def test_rows_with_several_shards_are_gathered(tmp_path: Path) -> None:
     with RowWriter(tmp_path / "rows") as writer:
         writer.add(Rows(segments, np.array([2])))
     source = PackedSource(tmp_path / "rows", [str(tmp_path / "a"), str(tmp_path / "b")])
-    arrays = RowSet([source], 6, 0, True, [1.0], None, "").read(np.array([0]), np.array([0]))
+    arrays = RowSet(6, 0, True, [source], [1.0], None, "").read(np.array([0]), np.array([0]))
     assert arrays.input_ids[0].tolist() == [8, 9, 5, 6, 7, 0]
     assert arrays.labels[0].tolist() == [9, -100, 6, 7, -100, -100]

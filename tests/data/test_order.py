@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainwright.data.order import Order, Permutation
+from trainwright.data.order import Mix, Order, Permutation
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**40))
@@ -59,10 +59,21 @@ def test_a_weighted_mix_keeps_its_shares_and_goes_round(
     for source, count in enumerate(counts):
         drawn = rows[chosen == source]
         share = length * weights[source] / sum(weights)
-        assert abs(len(drawn) - share) <= order._block * weights[source] / sum(weights) + 2  # within its block
+        assert (
+            abs(len(drawn) - share) <= Mix(weights, seed).block * weights[source] / sum(weights) + 2
+        )  # within its block
         whole = len(drawn) // count * count
         for at in range(0, whole, count):
             assert sorted(drawn[at : at + count].tolist()) == list(range(count))
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=4), st.integers(0, 5000))
+def test_a_mix_knows_what_it_has_drawn(weights: list[float], position: int) -> None:
+    mix = Mix(weights, 0)
+    sources, draws = mix.locate(np.arange(position))
+    assert mix.drawn(position).tolist() == np.bincount(sources, minlength=len(weights)).tolist()
+    for source in range(len(weights)):
+        assert draws[sources == source].tolist() == list(range((sources == source).sum()))
 
 
 @given(st.integers(0, 10), st.integers(0, 10**9), st.booleans())

@@ -43,7 +43,7 @@ def row_set(folder: Path, shards: list[str], rows: list[Rows], seq_len: int, mas
     with RowWriter(folder / "rows") as writer:
         for each in rows:
             writer.add(each)
-    return RowSet([PackedSource(folder / "rows", shards)], seq_len, PAD, mask, [1.0], None, "fingerprint")
+    return RowSet(seq_len, PAD, mask, [PackedSource(folder / "rows", shards)], [1.0], None, "fingerprint")
 
 
 def expected_targets(doc: list[tuple[int, bool]]) -> list[int]:

@@ -67,7 +67,7 @@ def arrange(
     epochs = [source.epochs for source in recipes]
     weights = [source.weight for source in recipes if source.weight is not None] or None
     fingerprint = digest(tokens.key, key, epochs, weights)
-    return RowSet(packed, how.seq_len, pad_id, how.document_mask, epochs, weights, fingerprint, read_json(done))
+    return RowSet(how.seq_len, pad_id, how.document_mask, packed, epochs, weights, fingerprint, read_json(done))
 
 
 def _duplicates(tokens: TokenSet, deduplicate: bool) -> dict[str, np.ndarray]:

@@ -53,12 +53,57 @@ class Permutation:
         return left << self._half | right
 
 
+class Mix:
+    """An endless mix of sources by weight: every stretch of positions has each source's share of it.
+
+    Source i has had floor(W_i n) - floor(W_(i-1) n) draws in the first n positions at each block's border, W being
+    cumulative shares: its share to within one. Inside a block, the order is a seeded shuffle.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        self.seed = seed
+        self._shares = _cumulative_shares(weights)
+        # long enough that no source's count in a block falls below zero by rounding
+        self.block = max(BLOCK, int(4 * sum(weights) / min(weights)) + 1)
+        self._pattern = lru_cache(maxsize=4)(self._lay_out)
+
+    def locate(self, positions: Indices) -> tuple[Indices, Indices]:
+        """For each position its source, and which draw from that source it is."""
+        blocks, places = np.divmod(positions, self.block)
+        sources, draws = np.empty_like(positions), np.empty_like(positions)
+        for block in np.unique(blocks):
+            mine = blocks == block
+            of_place, draw_of_place = self._pattern(int(block))
+            sources[mine], draws[mine] = of_place[places[mine]], draw_of_place[places[mine]]
+        return sources, draws
+
+    def drawn(self, position: int) -> Indices:
+        """How often each source was drawn before `position`."""
+        block, place = divmod(position, self.block)
+        return self._drawn(block * self.block) + np.bincount(
+            self._pattern(block)[0][:place], minlength=len(self._shares)
+        )
+
+    def _lay_out(self, block: int) -> tuple[Indices, Indices]:
+        before, after = self._drawn(block * self.block), self._drawn((block + 1) * self.block)
+        of_slot = np.repeat(np.arange(len(before)), after - before)
+        draw_of_slot = np.concatenate([np.arange(start, end) for start, end in zip(before, after, strict=True)])
+        shuffled = of_slot[Permutation(self.block, self.seed, "mix", block)(np.arange(self.block))]
+        ranked = np.empty_like(draw_of_slot)
+        ranked[np.argsort(shuffled, kind="stable")] = draw_of_slot  # each source's draws stay in order
+        return shuffled, ranked
+
+    def _drawn(self, positions: int) -> Indices:
+        """`drawn` at the border of a block."""
+        return np.diff([0, *(int(share * positions) for share in self._shares)])
+
+
 class Order:
     """Positions 0, 1, 2, ... without end to rows of several sources.
 
     Without weights, an epoch has `epochs[i] * counts[i]` rows of source i, all mixed; source i goes through its rows
     once before any comes again. With weights, source i has its share of every stretch of positions, and each source
-    goes round at its own pace. Both orders are new in each pass.
+    goes round at its own pace. The order is another one in each pass.
 
     Args:
         counts: rows of each source.
@@ -75,15 +120,12 @@ class Order:
         self.shuffle = shuffle
         self._quotas = np.array([max(1, round(count * passes)) for count, passes in zip(counts, epochs, strict=True)])
         self._ends = np.cumsum(self._quotas)
+        self._mix = Mix(weights, seed) if weights else None
         self.rows_per_epoch = sum(counts) if weights else int(self._ends[-1])
-        self._shares = _cumulative_shares(weights) if weights else None
-        if weights:
-            self._block = max(BLOCK, int(4 * sum(weights) / min(weights)) + 1)
-        self._pattern = lru_cache(maxsize=4)(self._lay_out)
 
     def locate(self, positions: Indices) -> tuple[Indices, Indices]:
         """Source number and row number in that source, for each position."""
-        sources, draws = self._mix(positions) if self._shares is not None else self._epochs(positions)
+        sources, draws = self._mix.locate(positions) if self._mix else self._epochs(positions)
         rows = np.empty_like(draws)
         for source in np.unique(sources):
             mine = sources == source
@@ -109,36 +151,6 @@ class Order:
         sources = np.searchsorted(self._ends, places, side="right")
         quotas = self._quotas[sources]
         return sources, epochs * quotas + places - (self._ends[sources] - quotas)
-
-    def _mix(self, positions: Indices) -> tuple[Indices, Indices]:
-        """Sources by weight, block by block."""
-        blocks, places = np.divmod(positions, self._block)
-        sources, draws = np.empty_like(positions), np.empty_like(positions)
-        for block in np.unique(blocks):
-            mine = blocks == block
-            of_slot, draw_of_slot = self._pattern(int(block))
-            sources[mine], draws[mine] = of_slot[places[mine]], draw_of_slot[places[mine]]
-        return sources, draws
-
-    def _lay_out(self, block: int) -> tuple[Indices, Indices]:
-        """For each position of a block, its source and which draw from that source it is.
-
-        Source i has had floor(W_i n) - floor(W_(i-1) n) draws in the first n positions, W being cumulative shares. That
-        is its share to within one, the counts always add up to n, and no block has a negative one because a block is
-        long enough for every share.
-        """
-        before, after = self._drawn(block * self._block), self._drawn((block + 1) * self._block)
-        of_slot = np.repeat(np.arange(len(before)), after - before)
-        draw_of_slot = np.concatenate([np.arange(start, end) for start, end in zip(before, after, strict=True)])
-        order = Permutation(self._block, self.seed, "mix", block)(np.arange(self._block))
-        shuffled = of_slot[order]
-        ranked = np.empty_like(draw_of_slot)
-        ranked[np.argsort(shuffled, kind="stable")] = draw_of_slot  # each source's draws stay in order
-        return shuffled, ranked
-
-    def _drawn(self, positions: int) -> Indices:
-        assert self._shares is not None
-        return np.diff([0, *(int(share * positions) for share in self._shares)])
 
 
 def _cumulative_shares(weights: Sequence[float]) -> list[Fraction]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +65,7 @@ class RowWriter:
 
 
 class PackedSource:
-    """The rows of one source: `prefix` is what RowWriter wrote, `shards` the prefixes of its shards."""
+    """The rows of one source, on disk as RowWriter wrote them, over `shards`, the prefixes of its shards."""
 
     def __init__(self, prefix: str | Path, shards: Sequence[str]) -> None:
         self.prefix = str(prefix)
@@ -94,40 +94,38 @@ class PackedSource:
         return self._open[number]
 
 
+class HeldRows(PackedSource):
+    """Rows in memory, as packing.py made them, over shards that are open already."""
+
+    def __init__(self, rows: Rows, shards: Sequence[Shard]) -> None:
+        super().__init__("", [shard.prefix for shard in shards])
+        self._open = dict(enumerate(shards))
+        self.__dict__["_starts"] = np.concatenate([[0], np.cumsum(rows.counts)])
+        self.__dict__["_segments"] = rows.segments
+
+
 @dataclass
-class RowSet:
-    """Rows of several sources, and how they are mixed.
+class RowShape:
+    """How rows are laid out as arrays. `document_mask`: the documents of a row do not see each other."""
 
-    `fingerprint` is of all that decides the rows, so a checkpoint can tell whether it goes on with the same data.
-    `figures` has documents, tokens, trained tokens and so on of one pass, as `prepare` counted them.
-    """
-
-    sources: list[PackedSource]
     seq_len: int
     pad_id: int
     document_mask: bool
-    epochs: list[float]
-    weights: list[float] | None
-    fingerprint: str
-    figures: dict[str, int] = field(default_factory=dict)
 
-    def order(self, seed: int, shuffle: bool) -> Order:
-        return Order([len(source) for source in self.sources], self.epochs, self.weights, seed, shuffle)
+    def empty(self, count: int) -> RowArrays:
+        """Rows of padding alone."""
+        shape = (count, self.seq_len)
+        return RowArrays(
+            np.full(shape, self.pad_id, np.int64),
+            np.full(shape, IGNORED, np.int64),
+            np.zeros(shape, np.int64) if self.document_mask else np.tile(np.arange(self.seq_len), (count, 1)),
+            np.full(shape, -1, np.int32) if self.document_mask else None,
+        )
 
-    def __len__(self) -> int:
-        """Rows in one epoch."""
-        return self.order(0, False).rows_per_epoch
-
-    def cursor(self, seed: int, shuffle: bool) -> RowCursor:
-        """Rows by position in the endless order of `seed`."""
-        return RowCursor(self, self.order(seed, shuffle))
-
-    def read(self, sources: NDArray[np.int64], rows: NDArray[np.int64]) -> RowArrays:
-        """Rows by source and number in it: arrays [B, S]. All of them are gathered together, without a loop over
+    def gather(self, sources: Sequence[PackedSource], rows: Sequence[int]) -> RowArrays:
+        """Row rows[b] of sources[b] for each b: arrays [B, S]. All of them are read together, without a loop over
         documents, so short documents cost no more than long ones."""
-        per_row = [
-            self.sources[source].segments(row) for source, row in zip(sources.tolist(), rows.tolist(), strict=True)
-        ]
+        per_row = [source.segments(row) for source, row in zip(sources, rows, strict=True)]
         counts = np.array([len(segments) for segments in per_row])
         segments = np.concatenate(per_row)
         lengths = segments["length"].astype(np.int64)
@@ -137,10 +135,11 @@ class RowSet:
         row_lengths = np.add.reduceat(lengths, first)
 
         token = np.arange(ends[-1])
-        place = token + np.repeat(segments["start"] - begins, lengths)
         row = np.repeat(np.arange(len(rows)), row_lengths)
         column = token - np.repeat(begins[first], row_lengths)
-        tokens, targets = self._gather(np.repeat(sources, counts), segments["shard"], lengths, place)
+        tokens, targets = _read_segments(
+            sources, counts, segments, token + np.repeat(segments["start"] - begins, lengths)
+        )
 
         arrays = self.empty(len(rows))
         if arrays.document_ids is not None:
@@ -156,34 +155,52 @@ class RowSet:
             arrays.position_ids[row[kept], column[kept]] = (token - np.repeat(begins, lengths))[kept]
         return arrays
 
-    def _gather(
-        self,
-        sources: NDArray[np.int64],
-        shards: NDArray[np.int32],
-        lengths: NDArray[np.int64],
-        place: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens and targets at `place` [sum of lengths] of segments that lie in shards of sources."""
-        files = sources << 32 | shards
-        if (files == files[0]).all():
-            return self.sources[int(sources[0])].shard(int(shards[0])).read(place)
-        tokens, targets = np.empty_like(place), np.empty_like(place)
-        of_token = np.repeat(files, lengths)
-        for file in np.unique(files):
-            mine = of_token == file
-            shard = self.sources[int(file >> 32)].shard(int(file & 0xFFFFFFFF))
-            tokens[mine], targets[mine] = shard.read(place[mine])
-        return tokens, targets
 
-    def empty(self, count: int) -> RowArrays:
-        """Rows of padding alone."""
-        shape = (count, self.seq_len)
-        return RowArrays(
-            np.full(shape, self.pad_id, np.int64),
-            np.full(shape, IGNORED, np.int64),
-            np.zeros(shape, np.int64) if self.document_mask else np.tile(np.arange(self.seq_len), (count, 1)),
-            np.full(shape, -1, np.int32) if self.document_mask else None,
-        )
+def _read_segments(
+    sources: Sequence[PackedSource], counts: NDArray[np.int64], segments: NDArray, places: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens and targets at `places` [sum of lengths]: counts[b] of the segments are in shards of sources[b]."""
+    distinct = list(dict.fromkeys(sources))
+    of_row = np.array([distinct.index(source) for source in sources])
+    files = np.repeat(of_row, counts) << 32 | segments["shard"]
+    if (files == files[0]).all():
+        return sources[0].shard(int(segments["shard"][0])).read(places)
+    tokens, targets = np.empty_like(places), np.empty_like(places)
+    of_token = np.repeat(files, segments["length"])
+    for file in np.unique(files):
+        mine = of_token == file
+        tokens[mine], targets[mine] = distinct[int(file >> 32)].shard(int(file & 0xFFFFFFFF)).read(places[mine])
+    return tokens, targets
+
+
+@dataclass
+class RowSet(RowShape):
+    """Rows of several sources, all on disk, and how they are mixed.
+
+    `fingerprint` is of all that decides the rows, so a checkpoint can tell whether it goes on with the same data.
+    `figures` has documents, tokens, trained tokens and so on of one pass, as `arrange` counted them.
+    """
+
+    sources: list[PackedSource]
+    epochs: list[float]
+    weights: list[float] | None
+    fingerprint: str
+    figures: dict[str, int] = field(default_factory=dict)
+
+    def order(self, seed: int, shuffle: bool) -> Order:
+        return Order([len(source) for source in self.sources], self.epochs, self.weights, seed, shuffle)
+
+    def __len__(self) -> int:
+        """Rows in one epoch."""
+        return self.order(0, False).rows_per_epoch
+
+    def cursor(self, seed: int, shuffle: bool, state: dict[str, Any] | None = None) -> RowCursor:
+        """Rows by position in the endless order of `seed`. There is no state to go on from: it is given as none."""
+        return RowCursor(self, self.order(seed, shuffle))
+
+    def read(self, sources: NDArray[np.int64], rows: NDArray[np.int64]) -> RowArrays:
+        """Rows by source and number in it: arrays [B, S]."""
+        return self.gather([self.sources[source] for source in sources.tolist()], rows.tolist())
 
 
 class RowCursor:
@@ -202,6 +219,13 @@ class RowCursor:
             mine = blocks == block
             found[:, mine] = self._block(int(block))[:, places[mine]]
         return self._rows.read(found[0], found[1])
+
+    def state(self, position: int) -> dict[str, Any]:
+        """What has to be known to go on at `position`, besides the number: nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
 
     def _locate(self, block: int) -> NDArray[np.int64]:
         return np.stack(self._order.locate(np.arange(block * LOCATED, (block + 1) * LOCATED)))
