@@ -25,7 +25,15 @@ def read(row: dict[str, Any], columns: dict[str, str] | None = None) -> Any:
         (
             {"instruction": "小明有3个苹果。", "input": "一共几个?", "output": "7"},  # BELLE's school_math
             "alpaca",
-            [{"role": "user", "content": "小明有3个苹果。\n一共几个?"}, {"role": "assistant", "content": "7"}],
+            [
+                {
+                    "role": "user",
+                    "content": "小明有3个苹果。\n一共几个?",
+                    "instruction": "小明有3个苹果。",
+                    "input": "一共几个?",
+                },
+                {"role": "assistant", "content": "7"},
+            ],
         ),
         (
             {"instruction": "Hi", "input": "", "output": "Hello", "system": "Be kind", "history": [["a", "b"]]},
@@ -38,7 +46,7 @@ def read(row: dict[str, Any], columns: dict[str, str] | None = None) -> Any:
             ],
         ),
         ({"instruction": "Hi", "context": "now", "response": "Hello", "category": "x"}, "alpaca",
-         [{"role": "user", "content": "Hi\nnow"}, CHAT[1]]),  # Dolly
+         [{"role": "user", "content": "Hi\nnow", "instruction": "Hi", "input": "now"}, CHAT[1]]),  # Dolly
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, "sharegpt", CHAT),
         (
             {"system": "Be", "conversations": [{"from": "user", "value": "Hi"}, {"from": "bot", "value": "Hello"}]},

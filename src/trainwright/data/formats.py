@@ -56,9 +56,12 @@ def alpaca(row: Row) -> Sample:
             raise BadRow("history holds something that is no [question, answer] pair of strings")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     question = _text(row, "instruction")
+    asked: Message = {"role": "user", "content": question}
     if extra := _text(row, "input", optional=True) or _text(row, "context", optional=True):  # Dolly says context
-        question = f"{question}\n{extra}" if question else extra
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
+        # Apart too, for Alpaca's own template, which sets them under headings of their own.
+        asked = {**asked, "instruction": question, "input": extra} if question else asked
+        asked["content"] = f"{question}\n{extra}" if question else extra
+    messages += [asked, {"role": "assistant", "content": _text(row, "output")}]
     return Sample(messages=messages)
 
 
