@@ -7,7 +7,19 @@ import time
 
 import pytest
 
-VERBS = [[], ["recipes"], ["models"], ["prepare"], ["train"], ["convert"], ["doctor"]]
+VERBS = [
+    [],
+    ["recipes"],
+    ["models"],
+    ["plan"],
+    ["prepare"],
+    ["train"],
+    ["convert"],
+    ["generate"],
+    ["chat"],
+    ["align"],
+    ["doctor"],
+]
 
 
 def run(*words: str, **kwargs) -> subprocess.CompletedProcess:
@@ -32,7 +44,7 @@ def test_help_imports_nothing_heavy(verb):
     code = f"""
 import atexit, sys
 sys.argv = ["trainwright", *{verb!r}, "--help"]
-atexit.register(lambda: print("HEAVY", sorted({{"torch", "numpy", "pydantic"}} & set(sys.modules))))
+atexit.register(lambda: print("HEAVY", sorted({{"torch", "numpy", "transformers", "matplotlib"}} & set(sys.modules))))
 from trainwright.cli import main
 main()
 """

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from trainwright.cli import align, convert, doctor, plan, prepare, recipes, train
+from trainwright.cli import align, chat, convert, doctor, plan, prepare, recipes, train
 from trainwright.errors import UserError
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.add_typer(convert.app, name="convert")
+app.command("generate")(chat.generate)
+app.command("chat")(chat.chat)
 app.command("align")(align.align)
 app.command("doctor")(doctor.doctor)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trainwright.cli.recipes import Json
+from trainwright.cli.options import Json
 
 
 def align(

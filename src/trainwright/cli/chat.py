@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    import torch
+from trainwright.cli.options import torch_dtype
 
 ModelDir = Annotated[Path, typer.Argument(metavar="MODEL", help="a model folder, or a run's folder")]
 System = Annotated[str | None, typer.Option(help="system message")]
@@ -38,7 +37,7 @@ def chat(
     from trainwright.errors import UserError
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    speaker = Speaker.load(model, dtype=_dtype(dtype), template=template)
+    speaker = Speaker.load(model, dtype=torch_dtype(dtype) if dtype else None, template=template)
     if speaker.template is None:
         raise UserError(f"{model} has no chat template: name one (--template), or use trainwright generate")
     console = Console(highlight=False)
@@ -70,7 +69,7 @@ def generate(
     from trainwright.chat import Sampling, Speaker, as_asked
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    speaker = Speaker.load(model, dtype=_dtype(dtype), template=template)
+    speaker = Speaker.load(model, dtype=torch_dtype(dtype) if dtype else None, template=template)
     asked = [as_asked(speaker, each, system, raw or None) for each in prompt]
     if len(asked) == 1 and not as_json:
         for piece in speaker.stream(asked[0], sampling):
@@ -82,15 +81,3 @@ def generate(
             print(json.dumps({"prompt": question, "answer": answer}, ensure_ascii=False))
         else:
             print(f"> {question}\n{answer}\n")
-
-
-def _dtype(name: str | None) -> "torch.dtype | None":
-    import torch
-
-    from trainwright.errors import UserError
-
-    if name is None:
-        return None
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {name} is not a type to compute in: use float32, bfloat16 or float16")
-    return getattr(torch, name)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from trainwright.cli.options import refuse_existing, torch_dtype
+
 app = typer.Typer(help="Models in and out of other formats.", no_args_is_help=True)
 
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
@@ -35,18 +37,12 @@ def export(
     dtype: Dtype = "bfloat16",
 ) -> None:
     """Writes a model as Hugging Face safetensors in another dtype."""
-    import torch
-
     from trainwright.data.tokenizer import load_tokenizer
-    from trainwright.errors import UserError
     from trainwright.model.checkpoint import load_model, save_model
 
-    if target.exists():
-        raise UserError(f"{target} exists: choose another name, nothing was written")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype} is not a type to write: use float32, bfloat16 or float16")
+    refuse_existing(target)
     source = folder / "model" if (folder / "model").is_dir() else folder
-    model = load_model(source, dtype=getattr(torch, dtype))
+    model = load_model(source, dtype=torch_dtype(dtype))
     save_model(model, target)
     load_tokenizer(str(source)).save(target)
     print(f"wrote {target}")
@@ -64,20 +60,14 @@ def merge(
     ] = False,
 ) -> None:
     """Adds an adapter into the full-precision base and writes a whole model."""
-    import torch
-
     from trainwright.adapt.merge import find_base, merge_adapter
     from trainwright.data.tokenizer import load_tokenizer
-    from trainwright.errors import UserError
 
-    if target.exists():
-        raise UserError(f"{target} exists: choose another name, nothing was written")
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype} is not a type to write: use float32, bfloat16 or float16")
+    refuse_existing(target)
     source = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
     folder = find_base(source, base)
     result = merge_adapter(
-        source, target, base=str(folder), dtype=getattr(torch, dtype) if dtype else None, family=family, verify=verify
+        source, target, base=str(folder), dtype=torch_dtype(dtype) if dtype else None, family=family, verify=verify
     )
     trained = (source / "tokenizer_config.json").is_file()  # with the template that the run was trained with
     load_tokenizer(str(source if trained else folder)).save(target)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trainwright.cli.recipes import Json, Overrides, RecipeName
+from trainwright.cli.options import Json, Overrides, RecipeName
 
 
 def plan(

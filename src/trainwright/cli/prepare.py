@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from trainwright.cli.recipes import Overrides, RecipeName
+from trainwright.cli.options import Overrides, RecipeName
 
 
 def prepare(

@@ -6,13 +6,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Shipped recipes: list, show with every default, copy to edit.", invoke_without_command=True)
+from trainwright.cli.options import Json, Overrides, RecipeName, refuse_existing
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a shipped name, a file, or a run's folder")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="values that replace the recipe's")
-]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+app = typer.Typer(help="Shipped recipes: list, show with every default, copy to edit.", invoke_without_command=True)
 
 
 @app.callback()
@@ -51,12 +47,10 @@ def show(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def copy(recipe: RecipeName, file: Annotated[Path, typer.Argument(help="the new recipe file")]) -> None:
     """Copies a shipped recipe to a file of yours; editors complete its keys."""
-    from trainwright.errors import UserError
     from trainwright.recipe.load import find
     from trainwright.recipe.show import copy_text
 
-    if file.exists():
-        raise UserError(f"{file} exists: choose another name, nothing was written")
+    refuse_existing(file)
     text = copy_text(recipe, find(recipe))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")

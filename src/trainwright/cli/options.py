@@ -1,0 +1,37 @@
+"""Arguments and options that several verbs share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a shipped name, a file, or a run's folder")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="values that replace the recipe's")
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """The torch type of a --dtype word. Raises UserError for any other."""
+    import torch
+
+    from trainwright.errors import UserError
+
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name} is not a type for weights: use {', '.join(DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def refuse_existing(target: Path) -> None:
+    """Nothing that was saved is written over. Raises UserError where `target` exists."""
+    from trainwright.errors import UserError
+
+    if target.exists():
+        raise UserError(f"{target} exists: choose another name, nothing was written")
