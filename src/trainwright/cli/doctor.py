@@ -4,7 +4,7 @@ import json
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-import typer
+from trainwright.cli.options import Json, print_table
 
 OPTIONAL = {
     "transformers": "tests and benchmarks only",
@@ -26,34 +26,30 @@ def installed(name: str) -> str | None:
         return None
 
 
-def doctor(as_json: bool = typer.Option(False, "--json", help="print JSON")) -> None:
+def doctor(as_json: Json = False) -> None:
     """What this machine has, what is missing, and which kernel each operation takes."""
     import torch
 
     from trainwright.device import describe_devices
     from trainwright.model.kernels import chosen_backends
 
-    devices = describe_devices()
-    report = {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "devices": devices,
-        "kernels": chosen_backends(),
-        "packages": {name: installed(name) for name in OPTIONAL},
-    }
+    devices, kernels = describe_devices(), chosen_backends()
+    packages = {name: installed(name) for name in OPTIONAL}
+    python = sys.version.split()[0]
     if as_json:
-        print(json.dumps(report))
+        found = {"python": python, "torch": torch.__version__, "devices": devices}
+        print(json.dumps({**found, "kernels": kernels, "packages": packages}))
         return
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, show_header=False)
-    table.add_row("python", report["python"])
-    table.add_row("torch", report["torch"])
+    table.add_row("python", python)
+    table.add_row("torch", torch.__version__)
     for device in devices:
         table.add_row("device", ", ".join(f"{key} {value}" for key, value in device.items()))
-    for operation, backend in report["kernels"].items():
+    for operation, backend in kernels.items():
         table.add_row(operation, backend)
-    for name, found in report["packages"].items():
-        table.add_row(name, found or f"[yellow]absent[/yellow]: {OPTIONAL[name]}")
-    Console().print(table)
+    for name, version_found in packages.items():
+        table.add_row(name, version_found or f"[yellow]absent[/yellow]: {escape(OPTIONAL[name])}")
+    print_table(table)

@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a shipped name, a file, or a run's folder")]
 Overrides = Annotated[
@@ -35,3 +36,13 @@ def refuse_existing(target: Path) -> None:
 
     if target.exists():
         raise UserError(f"{target} exists: choose another name, nothing was written")
+
+
+def print_table(table: "Table") -> None:
+    """A table as wide as it needs where nobody's terminal limits it."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=250)
+    console.print(table)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trainwright.cli.options import Json, Overrides, RecipeName, refuse_existing
+from trainwright.cli.options import Json, Overrides, RecipeName, print_table, refuse_existing
 
 app = typer.Typer(help="Shipped recipes: list, show with every default, copy to edit.", invoke_without_command=True)
 
@@ -22,7 +22,6 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([{"name": name, **recipe.model_dump(mode="json")} for name, recipe in rows]))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("recipe", "task", "model", "seq_len", "what it does", box=None, header_style="bold")
@@ -32,7 +31,7 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
         method += f" {recipe.quantize}" if recipe.quantize else ""
         shape = model if isinstance(model, str) else "random weights"
         table.add_row(name, method, shape, str(recipe.data.seq_len), recipe.description)
-    Console().print(table)
+    print_table(table)
 
 
 @app.command()
@@ -76,11 +75,12 @@ def models(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([row.as_dict() for row in rows]))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("name", "family", "parameters", "context", "licence", "template", box=None, header_style="bold")
     table.columns[2].justify = table.columns[3].justify = "right"
+    for column in table.columns[:4]:
+        column.no_wrap = True
     for row in rows:
         table.add_row(row.name, row.family, f"{row.parameters:,}", f"{row.context:,}", row.licence, row.template)
-    Console().print(table)
+    print_table(table)
