@@ -13,6 +13,7 @@ from trainwright.adapt.lora import Lora
 from trainwright.model.config import AttentionConfig, BlockConfig, LinearConfig, MlpConfig, MoeConfig, NormConfig
 from trainwright.parallel.split import kv_copies
 from trainwright.planner.job import Job
+from trainwright.planner.states import whole_elements
 
 
 @dataclass
@@ -53,6 +54,9 @@ def layer_activations(job: Job, layer: int) -> LayerActivations:
         found.add("stream", stream * job.program.stream)
         found.add("norm", stream * job.program.norm + job.stream_tokens * _statistics(norm))
     found.entry = stream * job.program.stream
+    if job.program.cast and not job.fsdp:
+        matrices = [item for item in job.by_layer.get(layer, ()) if item.trained and item.kind != "adapter"]
+        found.add("weights in compute type", whole_elements(job, matrices) * job.program.cast)
     before = found.total
     attention_work = _attention(job, block, f"{path}.self_attn", found)
     attention = found.total - before
@@ -70,8 +74,8 @@ def _statistics(norm: NormConfig) -> int:
 
 def _attention(job: Job, block: BlockConfig, path: str, found: LayerActivations) -> int:
     """Adds the attention's tensors; returns the bytes of its backward pass."""
-    part, program, layout = block.self_attn, job.program, job.layout
-    heads, kv_heads = -(-part.num_heads // layout.tp), -(-part.num_kv_heads // layout.tp)
+    part, program = block.self_attn, job.program
+    heads, kv_heads = job.heads(part)
     queries = job.tokens * heads * part.head_dim
     keys = job.tokens * kv_heads * part.head_dim * kv_copies(kv_heads, job.row_split.ulysses)
     gathered = keys * job.row_split.ring

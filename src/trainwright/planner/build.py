@@ -8,7 +8,7 @@ from __future__ import annotations
 from trainwright.adapt.rewrite import adapted_config
 from trainwright.model.config import ModelConfig
 from trainwright.model.source import load_config
-from trainwright.parallel.layout import Layout
+from trainwright.parallel.layout import Layout, check_model
 from trainwright.planner.calibration import Calibration, load_calibration
 from trainwright.planner.hardware import Cluster
 from trainwright.planner.job import Job
@@ -19,8 +19,18 @@ from trainwright.recipe.schema import Recipe
 def model_config(recipe: Recipe) -> ModelConfig:
     """The tree that training builds: sizes, adapters, fewer bits."""
     model = recipe.model
-    config = load_config(model.path or model.config or {}, model.family, model.overrides)
-    return adapted_config(config, recipe.adapter, recipe.quantize, getattr(recipe, "quantize_tables", None))
+    source = model.path or model.config or {}
+    if isinstance(source, dict) and "vocab_size" not in {**source, **model.overrides} and model.tokenizer:
+        source = {"vocab_size": _vocabulary(model.tokenizer), **source}
+    config = load_config(source, model.family, model.overrides)
+    return adapted_config(config, recipe.adapter, recipe.quantize, recipe.quantize_tables)
+
+
+def _vocabulary(tokenizer: str) -> int:
+    """Rows of a token table that a recipe leaves to its tokenizer (`train/build.py: find_sources`)."""
+    from trainwright.data.tokenizer import load_tokenizer
+
+    return -(-load_tokenizer(tokenizer).vocab_size // 64) * 64
 
 
 def build_job(
@@ -34,12 +44,15 @@ def build_job(
 ) -> Job:
     """Puts a job together; `micro_batch` stands in where the recipe says auto (default 1)."""
     layout = Layout.of(recipe.parallel, cluster.gpus)
+    config = config or model_config(recipe)
+    if program is None:  # another system may spread what we refuse to
+        check_model(layout, config, recipe.data.seq_len, kv_replication=recipe.parallel.kv_replication)
     size = recipe.train.micro_batch_size
     rows = micro_batch or (size if isinstance(size, int) else 1)
     accumulation = layout.accumulation(rows, recipe.train.global_batch_size, recipe.train.gradient_accumulation_steps)
     return Job(
         recipe,
-        config or model_config(recipe),
+        config,
         layout,
         cluster,
         calibration or load_calibration(cluster.card),

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from trainwright.model.config import BlockConfig, ModelConfig
-from trainwright.parallel.layout import Layout
-from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs, split_layers
+from trainwright.model.config import AttentionConfig, BlockConfig, ModelConfig
+from trainwright.parallel.layout import Layout, kv_heads_of_rank
+from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs, split_layers, stages_of_rank
 from trainwright.planner.calibration import Calibration
 from trainwright.planner.hardware import Cluster
 from trainwright.planner.parameters import Parameter, parameters
@@ -126,29 +126,41 @@ class Job:
     @cached_property
     def row_split(self) -> RowSplit:
         """How attention crosses the context parallel ranks, for the heads of one tensor parallel rank."""
-        attention = self.config.layers[0].self_attn
-        tp = self.layout.tp
-        heads, kv = -(-attention.num_heads // tp), -(-attention.num_kv_heads // tp)
+        heads, kv = self.heads(self.config.layers[0].self_attn)
         return choose_row_split(heads, kv, self.layout.cp, self.recipe.parallel.cp_method)
+
+    def heads(self, attention: AttentionConfig) -> tuple[int, int]:
+        """(query heads, KV heads) of one tensor parallel rank; KV heads that do not divide are copied."""
+        tp, kv = self.layout.tp, attention.num_kv_heads
+        if kv % tp == 0:
+            return attention.num_heads // tp, kv // tp
+        return -(-attention.num_heads // tp), len(kv_heads_of_rank(attention.num_heads, kv, tp, 0))
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether weights are gathered from shards in the compute type (our own program on several processes)."""
+        return self.layout.world_size > 1 and self.program.weights_sharded_from == 1
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """One a pipeline rank."""
-        pp, schedule = self.layout.pp, self.recipe.parallel.pp_schedule
-        if pp == 1:
+        layout, parallel = self.layout, self.recipe.parallel
+        if layout.pp == 1:
             return (Stage(0, tuple(range(self.config.num_layers)), True, True, 1),)
-        chunks = 1 if schedule == "1f1b" else 2
-        parts = _split(self.config, self.seq_len, self.recompute, pp * chunks)
-        return tuple(self._stage(rank, parts, chunks) for rank in range(pp))
+        owned = [stages_of_rank(rank, layout.pp, parallel.pp_schedule, parallel.pp_stages) for rank in range(layout.pp)]
+        counts = tuple(parallel.pp_layers) if isinstance(parallel.pp_layers, list) else None
+        parts = _split(self.config, self.seq_len, self.recompute, layout.pp * len(owned[0]), counts)
+        return tuple(self._stage(rank, mine, parts) for rank, mine in enumerate(owned))
 
-    def _stage(self, rank: int, parts: tuple[range, ...], chunks: int) -> Stage:
-        pp, last = self.layout.pp, len(parts) - 1
-        if chunks == 1:
-            mine, in_flight = [rank], float(pp - rank)
-        elif self.recipe.parallel.pp_schedule == "zbv":  # there and back: rank 0 has the first and the last
-            mine, in_flight = [rank, last - rank], float(pp)
-        else:  # round and round (Narayanan et al. 2021, section 2.2)
-            mine, in_flight = [rank, rank + pp], ((pp - rank - 1) * 2 + pp + 1) / chunks
+    def _stage(self, rank: int, mine: tuple[int, ...], parts: tuple[range, ...]) -> Stage:
+        """A rank's stages, and how many micro batches wait in them at most, in units of all of them."""
+        pp, schedule, last = self.layout.pp, self.recipe.parallel.pp_schedule, len(parts) - 1
+        if schedule == "1f1b":
+            in_flight = float(pp - rank)
+        elif schedule == "zbv":
+            in_flight = float(pp)
+        else:  # (Narayanan et al. 2021, section 2.2)
+            in_flight = ((pp - rank - 1) * 2 + (len(mine) - 1) * pp + 1) / len(mine)
         layers = tuple(layer for part in mine for layer in parts[part])
         return Stage(rank, layers, 0 in mine, last in mine, min(in_flight, float(self.accumulation)))
 
@@ -163,6 +175,8 @@ class Job:
 
 
 @lru_cache(maxsize=64)
-def _split(config: ModelConfig, seq_len: int, recompute: str, stages: int) -> tuple[range, ...]:
-    """The layers of each stage, as training splits them."""
-    return split_layers(estimate_costs(config, seq_len, recompute), stages)
+def _split(
+    config: ModelConfig, seq_len: int, recompute: str, stages: int, counts: tuple[int, ...] | None
+) -> tuple[range, ...]:
+    """The layers of each stage, as training splits them where it does not take costs by the clock."""
+    return split_layers(estimate_costs(config, seq_len, recompute), stages, counts)

@@ -14,7 +14,7 @@ from trainwright.planner.activations import layer_activations
 from trainwright.planner.hardware import GIB
 from trainwright.planner.job import Job, Stage
 from trainwright.planner.program import chunk_tokens
-from trainwright.planner.states import States, stage_states, sum_states, whole_elements
+from trainwright.planner.states import States, stage_states, sum_states, whole_bytes, whole_elements
 
 Parts = dict[str, int]
 
@@ -154,23 +154,33 @@ class _Walk:
     def _offloads(self, what: str) -> bool:
         return self.job.recipe.parallel.offload in (what, "all")
 
-    def _gathered(self) -> Parts:
-        """Whole weights of a running layer and its neighbours, and what stays whole through the step."""
-        program, layout = self.program, self.job.layout
-        if self.job.shards == 1:
-            cast = program.cast * self._whole(trained=True)
-            return {"weights in compute type": cast} if cast else {}
-        if layout.zero >= 3:
-            outer = whole_elements(self.job, self.outer) if program.outer_gathered else 0
-            layers = int(program.gathered_layers * self._largest_layer())
-            return {"gathered weights": (outer + layers) * program.compute}
-        if layout.zero >= program.weights_sharded_from:
-            return {"gathered weights": self._whole() * program.compute}
-        return {}
+    def _gathered(self, *, backward: bool) -> Parts:
+        """Whole weights that exist beside the shards: those of running layers, or of all where they stay gathered."""
+        job, program, zero = self.job, self.program, self.job.layout.zero
+        if not job.fsdp and (zero < program.weights_sharded_from or job.shards == 1):
+            return {}
+        layer = max((whole_bytes(job, group.parameters) for group in self.groups), default=0)
+        layers = int(program.gathered_layers * layer)
+        if not job.fsdp:
+            return {"gathered weights": layers + (whole_bytes(job, self.outer) if program.outer_gathered else 0)}
+        if zero < 3 or job.layout.pp > 1:
+            everything = sum(group.count * whole_bytes(job, group.parameters) for group in self.groups)
+            return {"gathered weights": everything + whole_bytes(job, self.outer)}
+        tied = job.config.lm_head.tied
+        head = [item for item in self.outer if tied or item.kind == "head"]
+        outer = whole_bytes(job, head) if tied or not backward else 0
+        return {"gathered weights": outer + (layers if backward or not self.stage.head else 0)}
+
+    def _accumulated(self) -> Parts:
+        """Whole gradients that wait for the last micro batch, where they are summed once a step."""
+        job = self.job
+        if not job.fsdp or job.layout.zero > 1 or job.accumulation == 1:
+            return {}
+        return {"gradients before their sum": self._whole(trained=True) * self.program.reduce}
 
     def _reducing(self) -> int:
         """Whole gradients of a layer before they are summed and sharded."""
-        if self.job.shards == 1:
+        if not self.job.fsdp and self.job.shards == 1:
             return 0
         each = self.program.compute + self.program.reducing_layers * self.program.reduce
         return int(self._largest_layer(trained=True) * each)
@@ -183,12 +193,13 @@ class _Walk:
         again = job.accumulation > 1
         held = {group.layer: self._held(group.layer) for group in self.groups}
         kept = sum(group.count * held[group.layer] for group in self.groups)
-        standing = self._base(gradients=again) | self._gathered()
+        base = self._base(gradients=again) | self._accumulated()
+        standing, running = base | self._gathered(backward=False), base | self._gathered(backward=True)
         everything = int(self.stage.in_flight * kept) + self._outer_kept()
         loss = self._loss() if self.stage.head else {}
         moments = [Moment("loss", standing | {"activations": everything} | loss)]
         if job.trained:
-            moments.append(self._backward(standing, everything, held, again))
+            moments.append(self._backward(running, everything, held, again))
         return moments
 
     def _backward(self, standing: Parts, everything: int, held: dict[int, int], again: bool) -> Moment:
@@ -215,7 +226,14 @@ class _Walk:
 
     def _held(self, layer: int) -> int:
         """What a layer keeps for its backward pass on the device."""
-        return 0 if self._offloads("activations") else self.activations[layer].held(self.job.recompute)
+        if self._offloads("activations"):
+            return 0
+        activations, parallel = self.activations[layer], self.job.recipe.parallel
+        held = activations.held(self.job.recompute)
+        if self.job.recompute != "selective" or parallel.recompute_memory is None:
+            return held
+        share = parallel.recompute_memory * GIB / self.stage.in_flight / max(1, len(self.stage.layers))
+        return min(held, activations.entry + int(share))
 
     def _outer_kept(self) -> int:
         """Token ids, labels, positions, rotary tables, and the stream before the head."""
@@ -243,6 +261,8 @@ class _Walk:
         parts = {"logits": int(chunk * vocab * program.logits), "loss": self._loss_kept()}
         if self._head_trained():
             parts["head's gradient"] = self._head_elements() * program.head_work
+            if not job.fsdp:
+                parts["weights in compute type"] = self._head_elements() * program.cast
         return parts
 
     def _loss_kept(self) -> int:
@@ -261,7 +281,7 @@ class _Walk:
         """A forward pass that keeps nothing: one layer at work, and a chunk of logits."""
         works = [activations.forward_work for activations in self.activations.values()]
         stream = 2 * self.job.stream_tokens * self.job.config.hidden_size * self.program.stream
-        parts = self._base(gradients=False) | self._gathered()
+        parts = self._base(gradients=False) | self._gathered(backward=True)
         parts["activations"] = max(works, default=0) + stream + self._outer_kept()
         if self.stage.head:
             parts |= {"logits": self._loss()["logits"]}

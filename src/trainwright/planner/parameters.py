@@ -14,7 +14,9 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, Literal
 
-from trainwright.model.config import ModelConfig, linears
+from trainwright.adapt.lora import Lora
+from trainwright.adapt.quantize import FewerBits
+from trainwright.model.config import ModelConfig, MoeConfig, linears
 from trainwright.model.shapes import parameter_shapes
 
 Kind = Literal["embedding", "attention", "mlp", "router", "experts", "norm", "head", "adapter"]
@@ -40,7 +42,7 @@ class Parameter:
     layer: int | None = None
     cut: int | None = None
     units: int | None = None
-    quantization: Any = None
+    quantization: FewerBits | None = None
     trained: bool = True
 
     @property
@@ -56,8 +58,8 @@ def parameters(config: ModelConfig, frozen: tuple[str, ...] = ()) -> tuple[Param
     found = []
     for name, shape in parameter_shapes(config).items():
         module, _, leaf = name.rpartition(".")
-        linear = leaves.get(module)
-        quantization = linear.quantization if linear is not None and leaf == "weight" else None
+        part = leaves.get(module) or getattr(config, module, None)
+        quantization = getattr(part, "quantization", None) if leaf == "weight" else None
         trained = not adapted and not any(fnmatchcase(name, pattern) for pattern in frozen)
         cut, units = _cut(config, module, leaf, len(shape))
         found.append(Parameter(name, shape, _kind(name), _layer(name), cut, units, quantization, trained))
@@ -65,17 +67,29 @@ def parameters(config: ModelConfig, frozen: tuple[str, ...] = ()) -> tuple[Param
 
 
 def _adapters(config: ModelConfig, leaves: dict[str, Any]) -> Iterator[Parameter]:
-    """The two small matrices of each adapted linear: A follows the cut of the input, B that of the output."""
+    """The small matrices of each adapted linear: A follows the cut of the input, B that of the output."""
     for module, leaf in leaves.items():
-        if leaf.adapter is None:
+        lora = leaf.adapter
+        if not isinstance(lora, Lora):
             continue
-        cut, units = _cut(config, module, "weight", 2)
-        shapes = {"lora_a": (leaf.adapter.rank, leaf.in_features), "lora_b": (leaf.out_features, leaf.adapter.rank)}
-        for index, (name, shape) in enumerate(shapes.items()):
-            own = cut if cut == 1 - index else None
-            yield Parameter(
-                f"{module}.{name}.weight", shape, "adapter", _layer(module), own, units if own == 0 else None
-            )
+        stack = _experts_at(config, module)
+        dims = len(stack) + 2
+        cut, units = _cut(config, module, "weight", dims)
+        column = cut == dims - 2
+        a, b = (*stack, lora.rank, leaf.in_features), (*stack, leaf.out_features, lora.rank)
+        layer = _layer(module)
+        yield Parameter(f"{module}.lora_a", a, "adapter", layer, None if column else cut)
+        yield Parameter(f"{module}.lora_b", b, "adapter", layer, cut if column else None, units if column else None)
+        if lora.dora:
+            yield Parameter(f"{module}.magnitude", (leaf.out_features,), "adapter", layer)
+
+
+def _experts_at(config: ModelConfig, module: str) -> tuple[int, ...]:
+    """(number of experts,) where a linear layer stands for a stack of them."""
+    if ".experts." not in module:
+        return ()
+    mlp = config.layers[int(module.split(".")[1])].mlp
+    return (mlp.experts.num_experts,) if isinstance(mlp, MoeConfig) else ()
 
 
 def _layer(name: str) -> int | None:
@@ -109,16 +123,15 @@ def _cut(config: ModelConfig, module: str, leaf: str, dims: int) -> tuple[int | 
     return cut, attention.num_kv_heads if name in ("k_proj", "v_proj") else attention.num_heads
 
 
-def tensor_piece(item: Parameter, tp: int) -> tuple[int, ...]:
-    """The shape that one tensor parallel rank holds: the largest piece, where the cut is uneven."""
-    if tp == 1 or item.cut is None:
+def tensor_piece(item: Parameter, tp: int, rank: int = 0) -> tuple[int, ...]:
+    """The shape that a tensor parallel rank holds. KV heads that the degree does not divide are whole on every rank."""
+    if tp == 1 or item.cut is None or (item.units is not None and item.units % tp):
         return item.shape
-    size = item.shape[item.cut]
-    units = item.units or size
-    piece = size // units * -(-units // tp)
-    return tuple(piece if dim == item.cut else length for dim, length in enumerate(item.shape))
+    own = piece(item.shape[item.cut], tp, rank)
+    return tuple(own if dim == item.cut else length for dim, length in enumerate(item.shape))
 
 
-def shard_piece(shape: tuple[int, ...], shards: int) -> int:
-    """Elements that FSDP keeps of a tensor: ceil(dim 0 / shards) rows, padding included (FSDP2's `fully_shard`)."""
-    return -(-shape[0] // shards) * math.prod(shape[1:])
+def piece(length: int, ranks: int, rank: int = 0) -> int:
+    """How much of a length a rank holds: ceil(length / ranks), the last ones less or nothing (torch.chunk)."""
+    most = -(-length // ranks)
+    return max(0, min(most, length - rank * most))

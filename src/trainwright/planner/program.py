@@ -37,7 +37,8 @@ class Program:
     outer: int = 0
     """A frozen token table or head that is not quantized; 0: like other frozen weights."""
     cast: int = 0
-    """A copy of every weight in the compute type through forward and backward (autocast's cache on one device)."""
+    """A copy of a trained weight in the compute type, kept from its use forward to its use backward (one process with
+    float32 weights; several have FSDP's gathered copies)."""
     master: int = 0
     """A float32 copy inside the optimizer (the mixed-precision optimizers of DeepSpeed, Megatron, Paddle)."""
     gradient: int = 4
@@ -156,19 +157,16 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
     train = recipe.train
     compute = BYTES[train.precision]
     wide = 4 if train.master_weights or train.precision == "fp32" else compute
-    alone = world_size == 1
     cpu = card.name == "CPU"
     compiled = train.compile is True or (train.compile == "auto" and not cpu)
-    # On one device autocast casts the float32 weights once and keeps the copies until the step's backward is done.
-    autocast = alone and wide != compute
     return Program(
         compute=compute,
-        trained=wide,
+        trained=4 if recipe.adapter else wide,
         frozen=compute,
-        cast=compute if autocast else 0,
-        gradient=wide,
-        moment=wide,
-        stream=4 if autocast else compute,
+        cast=compute if world_size == 1 and wide != compute and not recipe.adapter else 0,
+        gradient=4 if recipe.adapter else wide,
+        moment=4 if recipe.adapter else wide,
+        stream=compute,
         normed=compute,
         # A compiled layer computes the MLP's norm and the product of gate and up again, both without matrices.
         normed_inner=0 if compiled else compute,

@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from trainwright.planner.job import Job, Stage
-from trainwright.planner.parameters import Parameter, shard_piece, tensor_piece
+from trainwright.planner.parameters import Parameter, piece, tensor_piece
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes, by what they are. `adapters` and `quantized` are parts of the weights that are told apart."""
+    """Bytes, by what they are; they add up to all that is kept."""
 
     weights: int = 0
     quantized: int = 0
@@ -38,69 +40,119 @@ class States:
         return sum(self.values())
 
 
-def local_shape(job: Job, item: Parameter) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class Rank:
+    """Where a process stands along the axes that cut parameters. The first holds the most."""
+
+    tp: int = 0
+    ep: int = 0
+    shard: int = 0
+
+
+FIRST = Rank()
+
+
+def local_shape(job: Job, item: Parameter, rank: Rank = FIRST) -> Shape:
     """The piece of one tensor and expert parallel rank."""
-    shape = tensor_piece(item, job.layout.tp)
-    if item.kind == "experts" and job.layout.ep > 1:
-        return (-(-shape[0] // job.layout.ep), *shape[1:])
+    shape = tensor_piece(item, job.layout.tp, rank.tp)
+    if is_expert(item) and job.layout.ep > 1:
+        return (piece(shape[0], job.layout.ep, rank.ep), *shape[1:])
     return shape
+
+
+def is_expert(item: Parameter) -> bool:
+    """Whether it is stacked by expert."""
+    return ".experts." in item.name
 
 
 def parameter_shards(job: Job, item: Parameter) -> int:
     """Ranks that share one copy of a parameter. Those of one expert parallel group hold different experts already."""
-    return max(1, job.shards // job.layout.ep) if item.kind == "experts" else job.shards
+    return max(1, job.shards // job.layout.ep) if is_expert(item) else job.shards
 
 
-def parameter_states(job: Job, item: Parameter) -> States:
-    """What one rank keeps of one parameter: the largest piece of any rank, padding included."""
+def shard_shape(job: Job, item: Parameter, rank: Rank = FIRST) -> Shape:
+    """What FSDP leaves a rank: rows of dimension 0; columns where tensor parallel has cut the rows unevenly."""
+    shape, shards = local_shape(job, item, rank), parameter_shards(job, item)
+    uneven = item.cut == 0 and job.layout.tp > 1 and item.units is None and item.shape[0] % job.layout.tp
+    if uneven and len(shape) > 1:
+        return (shape[0], piece(shape[1], shards, rank.shard), *shape[2:])
+    return (piece(shape[0], shards, rank.shard), *shape[1:])
+
+
+def parameter_states(job: Job, item: Parameter, rank: Rank = FIRST) -> States:
+    """What one rank keeps of one parameter. Weights and gradients are padded to the largest piece, states are not."""
     program, zero = job.program, job.layout.zero
-    shape, shards = local_shape(job, item), parameter_shards(job, item)
-    whole, piece = math.prod(shape), shard_piece(shape, shards)
-    kept = piece if zero >= program.weights_sharded_from else whole
+    whole = math.prod(local_shape(job, item, rank))
+    padded = math.prod(shard_shape(job, item, Rank(rank.tp, rank.ep)))
+    own = math.prod(shard_shape(job, item, rank))
+    sharded = zero >= program.weights_sharded_from
+    if item.quantization is not None:
+        return States(quantized=_quantized_bytes(job, item, rank, sharded))
     if not item.trained:
-        if item.quantization is not None:
-            size = item.quantization.num_bytes(*shape)
-            return States(quantized=-(-size // shards) if zero >= program.weights_sharded_from else size)
         size = program.outer if item.kind in ("embedding", "head") and program.outer else program.frozen
-        return States(weights=kept * size)
-    weights = kept * program.trained
-    gradients = (piece if zero >= program.gradients_sharded_from else whole) * program.gradient
-    updated = piece if zero >= 1 else whole
-    optimizer = updated * program.master + optimizer_bytes(job, item, shape, updated)
+        return States(weights=(padded if sharded else whole) * size)
+    weights = (padded if sharded else whole) * program.trained
+    gradients = (padded if zero >= program.gradients_sharded_from or sharded else whole) * program.gradient
+    updated = own if zero >= 1 else whole
+    shape = shard_shape(job, item, rank) if zero >= 1 else local_shape(job, item, rank)
+    optimizer = updated * program.master + optimizer_bytes(job, item, shape)
     if item.kind == "adapter":
         return States(adapters=weights, gradients=gradients, optimizer=optimizer)
     return States(weights, 0, 0, gradients, optimizer)
 
 
-def optimizer_bytes(job: Job, item: Parameter, shape: tuple[int, ...], updated: int) -> int:
-    """States of one parameter, with each optimizer's counter of steps (a float32 scalar)."""
+def _quantized_bytes(job: Job, item: Parameter, rank: Rank, sharded: bool) -> int:
+    """Codes and scales are cut by rows; nf4's second level of scales is whole on every rank (`adapt/frozen.py`)."""
+    assert item.quantization is not None
+    shape = local_shape(job, item, rank)
+    size = item.quantization.num_bytes(*shape)
+    if not sharded:
+        return size
+    *rows, columns = shape
+    blocks = math.prod(rows) * -(-columns // 64)
+    nested = 4 * -(-blocks // 256) + 4 if item.quantization.kind == "nf4" else 0
+    one = (size - nested) // max(1, shape[0])
+    return piece(shape[0], parameter_shards(job, item)) * one + nested
+
+
+def optimizer_bytes(job: Job, item: Parameter, shape: Shape) -> int:
+    """States of one parameter's piece, with each optimizer's counter of steps (a float32 scalar)."""
     name, moment = job.recipe.train.optimizer, job.program.moment
-    matrix = len(shape) >= 2
+    matrix, count = len(shape) >= 2, math.prod(shape)
     if name == "adamw":
-        return 2 * moment * updated + 4
+        return 2 * moment * count + 4
     if name == "adamw8bit":  # 8-bit moments and a float32 scale for each 256; tensors below 4096 stay float32
-        return 2 * updated + 2 * 4 * -(-updated // 256) if updated >= 4096 else 8 * updated
-    if name == "adafactor":  # a row and a column of second moments (Shazeer & Stern 2018)
-        rows = updated // shape[-1] if matrix else updated
-        return moment * (rows + math.prod(shape[:-2]) * shape[-1] if matrix else rows) + 4
-    if name == "muon" and not (matrix and item.layer is not None and item.kind != "experts"):
-        return 2 * moment * updated + 4  # AdamW on what is no matrix of a layer
-    return moment * updated if name in ("muon", "lion") else 0
+        return 2 * count + 2 * 4 * -(-count // 256) if count >= 4096 else 8 * count
+    if name == "adafactor":  # one number a row and one a column (Shazeer & Stern 2018)
+        return moment * (count // shape[-1] + count // shape[-2] if matrix else count) + 4
+    if name == "muon" and not (len(item.shape) == 2 and item.layer is not None):
+        return 2 * moment * count + 4  # AdamW on what is no matrix of a layer
+    return moment * count if name in ("muon", "lion") else 0
 
 
-def stage_states(job: Job, stage: Stage) -> States:
+def stage_states(job: Job, stage: Stage, rank: Rank = FIRST) -> States:
     """What one rank of a pipeline stage keeps from step to step."""
-    total = sum_states(job, job.outer(stage))
+    total = sum_states(job, job.outer(stage), rank)
     for group in job.groups(stage):
-        total += sum_states(job, group.parameters) * group.count
+        total += sum_states(job, group.parameters, rank) * group.count
     return total
 
 
-def sum_states(job: Job, items: Iterable[Parameter]) -> States:
+def sum_states(job: Job, items: Iterable[Parameter], rank: Rank = FIRST) -> States:
     """Summed over parameters."""
-    return sum((parameter_states(job, item) for item in items), States())
+    return sum((parameter_states(job, item, rank) for item in items), States())
 
 
 def whole_elements(job: Job, items: Iterable[Parameter], *, trained: bool = False) -> int:
     """Elements after tensor and expert parallelism: what a gather makes, or a gradient before it is summed."""
     return sum(math.prod(local_shape(job, item)) for item in items if not trained or item.trained)
+
+
+def whole_bytes(job: Job, items: Iterable[Parameter]) -> int:
+    """Bytes of weights after tensor and expert parallelism in the compute type: what a gather of all shards makes."""
+    total = 0
+    for item in items:
+        shape = local_shape(job, item)
+        quantization = item.quantization
+        total += math.prod(shape) * job.program.compute if quantization is None else quantization.num_bytes(*shape)
+    return total

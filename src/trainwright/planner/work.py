@@ -94,8 +94,8 @@ def layer_work(job: Job, layer: int) -> Work:
     tp = job.layout.tp
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         linear = getattr(attention, name)
-        heads = attention.num_kv_heads if name in ("k_proj", "v_proj") else attention.num_heads
-        share = -(-heads // tp) / heads
+        kv = name in ("k_proj", "v_proj")
+        share = job.heads(attention)[kv] / (attention.num_kv_heads if kv else attention.num_heads)
         cut_output = name != "o_proj"
         _linear(job, roofline, work, "attention", linear, f"{path}.self_attn.{name}", job.tokens, share, cut_output)
     _attention(job, roofline, work, layer)
@@ -215,6 +215,6 @@ def head_work(job: Job) -> Work:
 
 def kv_width(job: Job) -> tuple[int, int]:
     """(query, key) widths of one rank's heads in elements a token, KV copies for Ulysses included."""
-    part, tp = job.config.layers[0].self_attn, job.layout.tp
-    kv = -(-part.num_kv_heads // tp)
-    return -(-part.num_heads // tp) * part.head_dim, kv * kv_copies(kv, job.row_split.ulysses) * part.head_dim
+    part = job.config.layers[0].self_attn
+    heads, kv = job.heads(part)
+    return heads * part.head_dim, kv * kv_copies(kv, job.row_split.ulysses) * part.head_dim
