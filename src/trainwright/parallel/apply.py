@@ -25,7 +25,7 @@ from trainwright.parallel.layout import check_model, kv_heads_of_rank
 from trainwright.parallel.mesh import World
 from trainwright.parallel.offload import apply_offload
 from trainwright.parallel.pipeline import Cut, Pipeline, cut_model, measure_costs
-from trainwright.parallel.recompute import apply_recompute
+from trainwright.parallel.recompute import apply_recompute, hide_gathering
 from trainwright.parallel.sequence import apply_sequence
 from trainwright.parallel.shard import apply_fsdp
 from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs
@@ -90,6 +90,8 @@ def parallelize(
         if world.size > 1:
             cast = None if precision == "fp32" else DTYPES[precision]
             apply_fsdp(stage, world, cast, offload=recipe.offload == "all", keep_gathered=cut is not None)
+            if recipe.recompute == "selective":
+                hide_gathering(layers)
     compute = _compute(world, precision)
     if cut is None or pp is None:
         return Spread(compute, rows=rows)

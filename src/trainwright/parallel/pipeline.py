@@ -94,6 +94,8 @@ def _view(model: Transformer, layers: range, *, embedding: bool, head: bool) -> 
         first = name in ("embed_tokens", "embed_positions", "embed_norm", "project_in")
         if name != "layers" and (embedding if first else head):
             setattr(view, name, child)
+    if head and model.tied:
+        view.embed_tokens = model.embed_tokens
     assert model.layers is not None
     view.layers = nn.ModuleDict({str(layer): model.layers[str(layer)] for layer in layers})
     view.attention_backend = model.attention_backend

@@ -11,7 +11,7 @@ application `apply.py`'s.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 GIB = 2**30
@@ -66,6 +68,22 @@ def apply_recompute(
             contexts = partial(create_selective_checkpoint_contexts, keep_all)
             extra["context_fn"] = contexts if budget is None else partial(budget.contexts, number)
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=True, **extra)
+
+
+def hide_gathering(layers: Iterable[nn.Module]) -> None:
+    """Selective recompute counts a layer's operations and expects the same ones again. What FSDP does to gather a part
+    inside a layer (experts) is not the same the second time, so it is not shown. Call it after sharding."""
+    for layer in layers:
+        for part in layer.modules():
+            if part is not layer and isinstance(part, FSDPModule):
+                for hooks in (part._forward_pre_hooks, part._forward_hooks):
+                    for key, hook in hooks.items():
+                        hooks[key] = partial(_unseen, hook)
+
+
+def _unseen(hook: Callable[..., Any], *args: Any) -> Any:
+    with _disable_current_modes():
+        return hook(*args)
 
 
 def keep_all(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
