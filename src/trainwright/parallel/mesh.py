@@ -12,6 +12,7 @@ Degrees and their arithmetic are `layout.py`'s; how a model is spread over the a
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -97,6 +98,8 @@ def join_world(recipe: ParallelRecipe) -> World:
     device = default_device(int(os.environ.get("LOCAL_RANK", 0)))
     if size == 1:
         return World(rank, layout, device)
+    # A whole tensor of two cuts of one dim takes two gathers, which torch calls suboptimal at every save.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if not dist.is_initialized():
         backend = None if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
         dist.init_process_group(

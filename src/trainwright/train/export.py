@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from trainwright.adapt.peft import adapters_of, save_adapter
+from trainwright.adapt.peft import write_adapter
 from trainwright.data.template import Template
 from trainwright.data.tokenizer import Tokenizer
-from trainwright.model.checkpoint import save_model
+from trainwright.model.checkpoint import write_weights
+from trainwright.model.config import without_adapters
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.apply import DTYPES, Precision
 from trainwright.parallel.mesh import World
+from trainwright.parallel.whole import WholeWeights
 
 
 def export_model(
@@ -31,10 +33,12 @@ def export_model(
 
     Of a model with adapters only these are written, in PEFT's format; `base` is what they belong to.
     """
-    if adapters_of(model):
-        save_adapter(model, folder, base=None if base is None else base.removeprefix("hf:"), write=world.is_main)
+    if model.config != without_adapters(model.config):
+        name = None if base is None else base.removeprefix("hf:")
+        write_adapter(model.config, WholeWeights(model, world), folder, base=name, write=world.is_main)
     else:
-        save_model(model, folder, dtype=DTYPES[precision], write=world.is_main)
+        whole = WholeWeights(model, world)
+        write_weights(model.config, whole, folder, dtype=DTYPES[precision], write=world.is_main)
     if world.is_main:
         tokenizer.save(folder, template.jinja if template else None)
         _write_generation_config(folder, tokenizer, template)

@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "answers.json"
 
     @property
+    def ranks(self) -> Path:
+        """What each of several processes says of itself (parallel/watch.py)."""
+        return self.path / "ranks"
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 
@@ -107,7 +112,7 @@ def check_folder(recipe: Recipe, resume: bool) -> RunFolder:
 
 
 OURS = {
-    "recipe.yaml", "environment.json", "metrics.jsonl", "evaluation.jsonl", "answers.json", "checkpoints",
+    "ranks", "recipe.yaml", "environment.json", "metrics.jsonl", "evaluation.jsonl", "answers.json", "checkpoints",
     "tensorboard", "swanlab", "wandb", "log.txt",
 }  # fmt: skip
 

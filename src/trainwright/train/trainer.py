@@ -20,6 +20,7 @@ from trainwright.data.loader import Batch, Loader
 from trainwright.data.prepare import prepare
 from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
 from trainwright.parallel.mesh import join_world
+from trainwright.parallel.watch import begin_watch
 from trainwright.recipe.schema import Recipe
 from trainwright.train.build import (
     adapt,
@@ -77,6 +78,7 @@ class Trainer:
         self.template = find_template(recipe, self.tokenizer)
         set_deterministic(settings.deterministic)
         self.world = join_world(recipe.parallel)
+        self.watch = begin_watch(self.folder.ranks, self.world, recipe.parallel.timeout_minutes)
         seed_everything(settings.seed + self.world.data_rank)
         self._build_data()
         self._build_model()
@@ -119,7 +121,8 @@ class Trainer:
     def _build_model(self) -> None:
         """The model in its layout, its optimizer, and the step that joins them."""
         settings = self.recipe.train
-        self.model, self.spread = build_model(self.recipe, self.sources, self.world)
+        self.model, spread = build_model(self.recipe, self.sources, self.world)
+        self.passes: Any = spread.pipeline or self.model  # what runs forward and backward; weights are the model's
         self.optimizers = build_optimizer(
             self.model,
             settings.optimizer,
@@ -129,7 +132,7 @@ class Trainer:
         )
         self.loss_scale = LossScale(settings.precision == "fp16")
         self.take_step = TrainStep(
-            self.model,
+            self.passes,
             self.optimizers,
             self.world,
             max_grad_norm=settings.max_grad_norm,
@@ -151,6 +154,7 @@ class Trainer:
             self.journal.say(f"stopped by {stopped} after step {self.step}; resume with: {again}")
             return self._result(stopped=stopped)
         self._evaluate("after")
+        self.watch.beat(self.step, "exporting")
         model = export_model(
             self.model,
             self.folder.adapter if self.recipe.adapter is not None else self.folder.model,
@@ -183,6 +187,7 @@ class Trainer:
 
     def _one_step(self, batches: list[Batch], stop_asked: bool) -> bool:
         """One optimizer step and its line; returns whether some rank was asked to stop."""
+        self.watch.beat(self.step + 1, "training")
         rate = self.schedule.at(self.step)
         result = self.take_step(batches, rate, stop_asked)
         if result.finite:
@@ -242,11 +247,12 @@ class Trainer:
 
     def _evaluate(self, when: str | None = None) -> None:
         """The held-out loss; `before` and `after` training also answers to its questions."""
-        figures: dict[str, Any] = self.held_out.loss(self.model, self.loader.micro_batch_size)
+        self.watch.beat(self.step, "evaluating")
+        figures: dict[str, Any] = self.held_out.loss(self.passes, self.loader.micro_batch_size)
         if figures:
             self.journal.evaluation({"step": self.step, **figures})
         if when is not None:
-            answers = self.held_out.answers(self.model)
+            answers = self.held_out.answers(self.passes)
             self.journal.answers(when, {"step": self.step, **figures}, answers)
         self.clock = time.perf_counter()
 
@@ -254,6 +260,7 @@ class Trainer:
 
     def _save(self, may_fail: bool = False) -> None:
         """A checkpoint of this step. One that may fail costs a warning, and the run goes on with the one before."""
+        self.watch.beat(self.step, "saving a checkpoint")
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -326,6 +333,7 @@ class Trainer:
 
     def close(self) -> None:
         """Ends threads and files, also after an error."""
+        self.watch.close()
         self.loader.close()
         self.journal.close()
 
