@@ -1,0 +1,151 @@
+"""Broken layouts fail the proof: each mutant takes one thing away that a layout needs, and a difference must appear.
+
+`harmless` cases show that the same machinery passes when nothing is broken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parallel.parity import TOLERANCE, Case, Trace, differences, trace_of
+from tests.parallel.worlds import run
+from trainwright.parallel import expert, pipeline, sequence
+from trainwright.parallel.layout import Layout
+from trainwright.train.step import TrainStep
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` inside."""
+    real = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
+
+
+def nothing() -> Any:
+    return contextlib.nullcontext()
+
+
+def local_positions() -> Any:
+    """Every part of a row counts its positions from 0."""
+    real = sequence._Cut.__call__
+
+    def cut(self: Any, model: Any, args: Any, kwargs: Any) -> Any:
+        given, facts = real(self, model, args, kwargs)
+        positions = facts["position_ids"].clone()
+        positions[..., facts["index_S"]] = torch.arange(facts["index_S"].numel())
+        return given, {**facts, "position_ids": positions}
+
+    return replaced(sequence._Cut, "__call__", cut)
+
+
+def local_masks() -> Any:
+    """A ring rank's chunks see keys as if they began the row."""
+    return replaced(sequence.Rows, "own_masks", _first_masks)
+
+
+def _first_masks(self: Any, mask: Any, slopes: Any, q: Tensor, backend: Any) -> list[Any]:
+    count = 2 * self.split.ring
+    return [sequence._chunk_mask(mask, index, count, q.device) for index in (0, 1)]
+
+
+def first_slopes() -> Any:
+    """Every rank takes the first heads' ALiBi slopes."""
+    real = sequence.SplitCore.forward
+
+    def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, slopes: Tensor | None = None) -> Tensor:
+        if slopes is not None:
+            slopes = slopes.chunk(self.rows.split.ulysses)[0].repeat(self.rows.split.ulysses)
+        return real(self, q, k, v, mask, slopes)
+
+    return replaced(sequence.SplitCore, "forward", forward)
+
+
+def unsummed_statistics() -> Any:
+    """The load-balancing loss of a part of the row."""
+    return replaced(sequence, "all_reduce", lambda x, group: x)
+
+
+def ring_without_reduction() -> Any:
+    """Gathered keys and values keep the gradient of this rank's queries only."""
+    from trainwright.parallel.collectives import _AllGather
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].chunk(ctx.group.size())[ctx.group.rank()], None
+
+    return replaced(_AllGather, "backward", staticmethod(backward))
+
+
+def untied() -> Any:
+    """First and last stage keep their own gradients of the table."""
+    return replaced(pipeline.Pipeline, "_share_tied_gradient", lambda self: None)
+
+
+def forgotten_statistics() -> Any:
+    """A stage counts its own experts only."""
+
+    def before(self: Any, stage: Any, args: Any, kwargs: Any) -> Any:
+        args, given = real(self, stage, args, kwargs)
+        if "router_statistics" in given:
+            given["router_statistics"] = torch.zeros_like(given["router_statistics"])
+        return args, given
+
+    real = pipeline._StageCall.before
+    return replaced(pipeline._StageCall, "before", before)
+
+
+def experts_in_order_of_arrival() -> Any:
+    """Rows are not sorted by expert after the journey."""
+    return replaced(expert, "by_expert", lambda come: torch.arange(int(come.sum())))
+
+
+def mean_of_means() -> Any:
+    """Each micro batch divides by its own tokens."""
+
+    def share(self: TrainStep, output: Any, count: Tensor) -> Tensor:
+        return output.loss_sum / output.num_tokens.clamp(min=1) / 4
+
+    return replaced(TrainStep, "share", share)
+
+
+def broken(case: Case, mutant: Callable[[], Any]) -> Trace:
+    with mutant():
+        return trace_of(case)
+
+
+RING = (("cp_method", "ring"),)
+ULYSSES = (("cp_method", "ulysses"),)
+MUTANTS = [
+    (local_positions, Case("llama", Layout(world_size=2, cp=2), ULYSSES)),
+    (local_positions, Case("banded", Layout(world_size=2, cp=2), RING)),
+    (local_masks, Case("llama", Layout(world_size=2, cp=2), RING)),
+    (first_slopes, Case("bloom", Layout(world_size=2, cp=2), ULYSSES)),
+    (unsummed_statistics, Case("mixtral", Layout(world_size=2, cp=2))),
+    (ring_without_reduction, Case("llama", Layout(world_size=2, cp=2), RING)),
+    (untied, Case("bloom", Layout(world_size=2, pp=2))),
+    (untied, Case("bloom", Layout(world_size=2, pp=2), (("pp_schedule", "zbv"),))),
+    (forgotten_statistics, Case("mixtral", Layout(world_size=2, pp=2))),
+    (experts_in_order_of_arrival, Case("mixtral", Layout(world_size=2, ep=2))),
+    (mean_of_means, Case("llama", Layout(world_size=2))),
+]
+
+
+@pytest.mark.parametrize(("mutant", "case"), MUTANTS, ids=lambda part: getattr(part, "__name__", str(part)))
+def test_a_mutant_fails(mutant: Callable[[], Any], case: Case) -> None:
+    worst = differences(case, run(case.layout.world_size, broken, case, mutant))
+    assert max(worst.values()) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", {case: None for _, case in MUTANTS}, ids=str)
+def test_without_the_mutant_it_holds(case: Case) -> None:
+    worst = differences(case, run(case.layout.world_size, broken, case, nothing))
+    assert max(worst.values()) <= TOLERANCE
