@@ -127,8 +127,8 @@ def test_exactly_the_answers_are_trained(name):
     @given(conversations)
     def check(turns):
         questions, answers = [list(side) for side in zip(*turns, strict=True)]
-        # White space at an answer's start may share a token with the header before it, which is then not trained.
-        answers = ["x" + answer.replace("think>", "") for answer in answers]
+        # White space at an answer's borders may share a token with the template's, which is then not trained.
+        answers = [f"x{answer.replace('think>', '')}x" for answer in answers]
         chat = template(name)
         sample = chat.encode(messages_of(questions, answers))
         assert trained_text(chat, sample) == expected(name, chat, answers)
@@ -139,6 +139,18 @@ def test_exactly_the_answers_are_trained(name):
         assert all(chat.encode(messages_of(questions, answers), loss_on="all").trained)
 
     check()
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "zephyr", "chatglm2", "alpaca"])
+def test_white_space_at_the_borders(name):
+    """It may share a token with the template's; letters are never lost, and the end is always taught."""
+    chat = template(name)
+    for answer in ["\n\nhi\n\n", " hi ", "\r\nhi\r\n", "\n", ""]:
+        sample = chat.encode(messages_of(["q", "r"], [answer, answer]))
+        assert trained_text(chat, sample).replace("</s>", "").count("hi") == 2 * answer.count("hi")
+        assert chat.tokenizer.decode(sample.input_ids, False).startswith(chat.render(messages_of(["q"], ["z"]))[:9])
+        ends = sum(sample.trained[at] for at, token in enumerate(sample.input_ids) if token in chat.stop)
+        assert ends + len(sample.stops) == 2
 
 
 def test_chatglm_trains_the_last_answer_and_says_why_not_the_others():

@@ -101,10 +101,7 @@ class Template:
         stops: list[int] = []
         starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
         for turn in turns:
-            first = bisect_left(ends, turn.start)
-            while first < len(ids) and starts[first] < turn.start and not _belongs(rendering.text, ends[first], turn):
-                first += 1
-            after = bisect_left(starts, turn.end, lo=first)
+            first, after = _tokens_of(turn, starts, ends, rendering.text)
             trained[first:after] = [True] * (after - first)
             if not turn.closed:
                 self._close(ids, trained, stops, after, loss_on)
@@ -142,13 +139,19 @@ class Template:
         return ids, offsets
 
 
-def _belongs(text: str, end: int, turn: Turn) -> bool:
-    """Whether a token that starts before an answer and reaches to `end` counts as part of it.
+def _tokens_of(turn: Turn, starts: list[int], ends: list[int], text: str) -> tuple[int, int]:
+    """The half-open range of tokens that are an answer's.
 
-    A token over the border (the header's newline joined with the answer's) belongs to the side that its letters are
-    on; white space alone is the header's.
+    A token over a border (the header's newline joined with the answer's) belongs to the side that its letters are on;
+    white space alone is the template's.
     """
-    return bool(text[turn.start : end].strip())
+    first = bisect_left(ends, turn.start)
+    while first < len(ends) and starts[first] < turn.start and not text[turn.start : ends[first]].strip():
+        first += 1
+    after = bisect_left(starts, turn.end, lo=first)
+    while after > first and ends[after - 1] > turn.end and not text[starts[after - 1] : turn.end].strip():
+        after -= 1
+    return first, after
 
 
 def shipped_templates() -> list[str]:
