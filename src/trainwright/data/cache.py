@@ -38,6 +38,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
+def try_claim(path: Path) -> Iterator[bool]:
+    """Whether no other process has claimed `path`; if so, it is ours inside the block."""
+    with open(path, "w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except ImportError:  # Windows: see only_writer
+            pass
+        yield True
+
+
+@contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Waits until no other process writes in `folder`. The system takes the lock back from a process that dies."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ def prepare_command(recipe: Recipe, show: int = 0, doctor: bool = False, vocab_s
     prepared = prepare(recipe, tokenizer, vocab_size=vocab_size)
     console = Console()
     if show:
-        show_samples(prepared.train, tokenizer, show, recipe.train.seed, console)
+        show_samples(prepared.train, tokenizer, show, recipe.train.seed, recipe.data.shuffle, console)
     if doctor:
         accepted = f", apart from what data.accept names: {', '.join(recipe.data.accept)}" if recipe.data.accept else ""
         console.print(f"doctor: nothing wrong{accepted}", highlight=False)

@@ -54,11 +54,7 @@ def examine(
 
     documents = max(1, tokens.get("documents", 0))
     if vocab_size is not None and tokens.get("max_id", 0) >= vocab_size:
-        complain(
-            "",
-            f"the data hold token id {tokens['max_id']}, the model's embedding has {vocab_size} rows: "
-            "tokenizer and model do not belong together",
-        )
+        complain("", beyond_embedding(tokens["max_id"], vocab_size))
     if count := tokens.get("double_bos", 0):
         complain(
             "double_bos",
@@ -89,6 +85,14 @@ def examine(
             "drop data.template to train what the model knows already",
         )
     return [complaint for complaint in found if complaint.name not in data.accept]
+
+
+def beyond_embedding(largest: int, vocab_size: int) -> str:
+    """What is said of token ids that the model has no embedding for."""
+    return (
+        f"the data hold token id {largest}, the model's embedding has {vocab_size} rows: "
+        "tokenizer and model do not belong together"
+    )
 
 
 def refuse(complaints: list[Complaint]) -> None:

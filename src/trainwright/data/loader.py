@@ -50,9 +50,13 @@ class Batch(NamedTuple):
 
 
 class Cursor(Protocol):
-    """Reads rows at positions of an endless order."""
+    """Reads rows at rising positions of an endless order. `state` is what it needs besides the position to go on."""
 
     def read(self, positions: NDArray[np.int64]) -> RowArrays: ...
+
+    def state(self, position: int) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
 
 
 class RowSource(Protocol):
@@ -60,7 +64,7 @@ class RowSource(Protocol):
 
     fingerprint: str
 
-    def cursor(self, seed: int, shuffle: bool) -> Cursor: ...
+    def cursor(self, seed: int, shuffle: bool, state: dict[str, Any] | None = None) -> Cursor: ...
 
     def empty(self, count: int) -> RowArrays: ...
 
@@ -104,6 +108,8 @@ class Loader:
         self.wait_seconds = 0.0
         self._end = None if epochs is None else round(epochs * len(rows))
         self._prefetch, self._pin_memory = prefetch, pin_memory
+        self._cursor: Cursor | None = None
+        self._cursor_state: dict[str, Any] = {}
         self._thread: _ReadAhead | None = None
 
     @property
@@ -120,7 +126,8 @@ class Loader:
         if self._end is not None and self.consumed_rows >= -(-self._end // self.rows_per_step) * self.rows_per_step:
             raise StopIteration
         if self._thread is None:
-            self._thread = _ReadAhead(self._batches(self.consumed_rows), self._prefetch)
+            self._cursor = self.rows.cursor(self.seed, self.shuffle, self._cursor_state)
+            self._thread = _ReadAhead(self._batches(self._cursor, self.consumed_rows), self._prefetch)
         started = time.perf_counter()
         batch = self._thread.next()
         self.wait_seconds += time.perf_counter() - started
@@ -134,7 +141,10 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the data stand after the micro batches handed out: rows consumed by all ranks together."""
-        return {"consumed_rows": self.consumed_rows, "seed": self.seed, "fingerprint": self.rows.fingerprint}
+        if self._cursor is not None:
+            self._cursor_state = self._cursor.state(self.consumed_rows)
+        state = {"consumed_rows": self.consumed_rows, "seed": self.seed, "fingerprint": self.rows.fingerprint}
+        return {**state, "cursor": self._cursor_state} if self._cursor_state else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken, at once, on any number of ranks.
@@ -149,20 +159,25 @@ class Loader:
             )
         self.seed = int(state["seed"])
         self._restart(int(state["consumed_rows"]))
+        self._cursor_state = dict(state.get("cursor", {}))
 
     def close(self) -> None:
-        """Ends the thread that reads ahead."""
-        if self._thread is not None:
-            self._thread.close()
-            self._thread = None
+        """Ends what runs in the background."""
+        if self._thread is None or self._cursor is None:
+            return
+        self._thread.stop()
+        self._cursor_state = self._cursor.state(self.consumed_rows)
+        self._cursor.close()  # the thread may be waiting for it
+        self._thread.join()
+        self._thread = self._cursor = None
 
     def _restart(self, consumed_rows: int) -> None:
         self.close()
         self.consumed_rows = consumed_rows
+        self._cursor_state = {}
 
-    def _batches(self, position: int) -> Iterator[Batch]:
+    def _batches(self, cursor: Cursor, position: int) -> Iterator[Batch]:
         """Micro batches of this rank from `position` of the order on."""
-        cursor = self.rows.cursor(self.seed, self.shuffle)
         while True:
             first = position + self.rank * self.micro_batch_size
             yield self._tensors(self._read(cursor, np.arange(first, first + self.micro_batch_size)))
@@ -222,8 +237,11 @@ class _ReadAhead:
             raise item
         return item
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Has the thread end after the item it works on."""
         self._stop.set()
+
+    def join(self) -> None:
         with contextlib.suppress(queue.Empty):  # a full queue would keep the thread waiting
             while True:
                 self._ready.get_nowait()

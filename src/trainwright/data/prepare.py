@@ -6,6 +6,7 @@ the work while the others wait on a file lock, then all of them find it done.
     CACHE/shipped/                 rows of the shipped data set
     CACHE/tokens/KEY/              shards; KEY is of files, tokenizer, template and what else decides tokens
     CACHE/tokens/KEY/rows-KEY/     rows; this KEY is of seq_len, packing, filters: changing them tokenizes nothing
+    CACHE/stream/KEY/              with data.streaming: the shards around the place where training is
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from pathlib import Path
 
 from trainwright.data import doctor
 from trainwright.data.arrange import Arrangement, arrange
+from trainwright.data.cache import cache_folder, digest, only_writer
 from trainwright.data.encode import EncodeSettings
 from trainwright.data.packing import Selection
+from trainwright.data.pool import plan_parts
 from trainwright.data.progress import Progress, summary
 from trainwright.data.rows import RowSet
-from trainwright.data.tokenized import TokenSet, tokenize
+from trainwright.data.sources import Source
+from trainwright.data.stream import StreamSet
+from trainwright.data.tokenized import TokenSet, plan_work, tokenize
 from trainwright.data.tokenizer import Tokenizer
+from trainwright.errors import UserError
 from trainwright.recipe.data import SourceRecipe
 from trainwright.recipe.schema import Recipe
 
@@ -30,7 +36,7 @@ class Prepared:
     """What training reads, and the lines that say what became of the data. `folder` holds the shards."""
 
     folder: Path
-    train: RowSet
+    train: RowSet | StreamSet
     validation: RowSet | None
     summary: list[str]
 
@@ -53,26 +59,30 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, *, vocab_size: int | None = No
     shown = Progress(progress)
     limits = (data.filter.min_tokens, data.filter.max_tokens)
     held_out = data.validation if isinstance(data.validation, float) else 0.0
-    tokens = tokenize(data, data.all_sources, encode_settings(recipe), tokenizer, shown)
-    train = _rows(recipe, tokens, data.all_sources, Selection(*limits, held_out, "train"), tokenizer)
-    lines = summary("train", tokens.figures, train.figures, data.seq_len, data.too_long)
-    if tokens.bad_rows.exists():
-        lines.append(f"  bad rows are listed in {tokens.bad_rows}")
-    doctor.refuse(examine(recipe, tokens, train, tokenizer, vocab_size))
-
+    train: RowSet | StreamSet
     validation = None
-    if held_out:
-        validation = _rows(recipe, tokens, data.all_sources, Selection(*limits, held_out, "validation"), tokenizer)
-    elif isinstance(data.validation, str):
+    if data.streaming:
+        train = _streamed(recipe, tokenizer, vocab_size, shown)
+        folder, lines = train.folder, [f"train: a stream of {sum(map(len, train.lanes)):,} parts"]
+    else:
+        tokens = tokenize(data, data.all_sources, encode_settings(recipe), tokenizer, shown)
+        train = _rows(recipe, tokens, data.all_sources, Selection(*limits, held_out, "train"), tokenizer)
+        folder, lines = tokens.folder, summary("train", tokens.figures, train.figures, data.seq_len, data.too_long)
+        if tokens.bad_rows.exists():
+            lines.append(f"  bad rows are listed in {tokens.bad_rows}")
+        doctor.refuse(_examine(recipe, tokens.sources, tokens.figures, train.figures, tokenizer, vocab_size))
+        if held_out:
+            validation = _rows(recipe, tokens, data.all_sources, Selection(*limits, held_out, "validation"), tokenizer)
+    if isinstance(data.validation, str):
         sources = _validation_source(recipe)
         other = tokenize(data, sources, encode_settings(recipe), tokenizer, shown)
         validation = _rows(recipe, other, sources, Selection(*limits), tokenizer)
-        doctor.refuse(examine(recipe, other, validation, tokenizer, vocab_size))
+        doctor.refuse(_examine(recipe, other.sources, other.figures, validation.figures, tokenizer, vocab_size))
     if validation is not None:
         lines += summary("validation", {}, validation.figures, data.seq_len, data.too_long)
     for line in lines:
         shown.say(line)
-    return Prepared(tokens.folder, train, validation, lines)
+    return Prepared(folder, train, validation, lines)
 
 
 def encode_settings(recipe: Recipe) -> EncodeSettings:
@@ -82,12 +92,17 @@ def encode_settings(recipe: Recipe) -> EncodeSettings:
     return EncodeSettings(data.template, data.system, loss_on, data.filter.min_characters, data.filter.max_characters)
 
 
-def examine(
-    recipe: Recipe, tokens: TokenSet, rows: RowSet, tokenizer: Tokenizer, vocab_size: int | None
+def _examine(
+    recipe: Recipe,
+    sources: list[Source],
+    tokens: dict[str, int],
+    rows: dict[str, int],
+    tokenizer: Tokenizer,
+    vocab_size: int | None,
 ) -> list[doctor.Complaint]:
     """The doctor's complaints about prepared data."""
-    chats = any(source.format not in ("text", "indexed", "prompt_completion") for source in tokens.sources)
-    return doctor.examine(tokens.figures, rows.figures, recipe.data, tokenizer, vocab_size, chats)
+    chats = any(source.format not in ("text", "indexed", "prompt_completion") for source in sources)
+    return doctor.examine(tokens, rows, recipe.data, tokenizer, vocab_size, chats)
 
 
 def _validation_source(recipe: Recipe) -> list[SourceRecipe]:
@@ -102,13 +117,67 @@ def _rows(
     recipe: Recipe, tokens: TokenSet, recipes: list[SourceRecipe], selection: Selection, tokenizer: Tokenizer
 ) -> RowSet:
     """Rows of a token set, with at least one from each source."""
+    rows = arrange(tokens, selection, _arrangement(recipe), recipes, _pad_id(tokenizer))
+    for source, packed in zip(tokens.sources, rows.sources, strict=True):
+        if not len(packed):
+            doctor.refuse_empty(source.name, tokens.figures, rows.figures, recipe.data, selection.side)
+    return rows
+
+
+def _arrangement(recipe: Recipe) -> Arrangement:
+    """How documents become rows: pretraining reads one stream, fine-tuning keeps samples apart."""
     data = recipe.data
     stream = recipe.task == "pretrain" and data.packing
     mask = data.document_mask if data.document_mask is not None else data.packing and not stream
-    how = Arrangement(data.seq_len, data.packing, stream, mask, data.too_long, data.filter.deduplicate)
-    pad_id = next((each for each in (tokenizer.pad_id, tokenizer.eos_id) if each is not None), 0)
-    rows = arrange(tokens, selection, how, recipes, pad_id)
-    for source, packed in zip(tokens.sources, rows.sources, strict=True):
-        if not len(packed):
-            doctor.refuse_empty(source.name, tokens.figures, rows.figures, data, selection.side)
-    return rows
+    return Arrangement(data.seq_len, data.packing, stream, mask, data.too_long, data.filter.deduplicate)
+
+
+def _pad_id(tokenizer: Tokenizer) -> int:
+    """What stands in places that nothing looks at."""
+    return next((each for each in (tokenizer.pad_id, tokenizer.eos_id) if each is not None), 0)
+
+
+def _streamed(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int | None, shown: Progress) -> StreamSet:
+    """The stream, after the doctor has seen the first part of each lane.
+
+    Raises:
+        UserError: the recipe asks for what a stream cannot do.
+    """
+    data = recipe.data
+    for wrong, fix in (
+        (data.filter.deduplicate, "data.filter.deduplicate must see all texts: set it to false"),
+        (isinstance(data.validation, float) and data.validation > 0, "give data.validation a path"),
+        (recipe.train.epochs is not None, "its length is not known: set train.steps or train.tokens"),
+        (any(source.epochs % 1 for source in data.all_sources), "data.sources[].epochs must be whole numbers"),
+    ):
+        if wrong:
+            raise UserError(f"data.streaming: {fix}")
+    sources, work, key = plan_work(data, data.all_sources, encode_settings(recipe), tokenizer)
+    if any(source.indexed for source in sources):
+        raise UserError("data.streaming: .bin/.idx files are tokens already and read as they are: set it to false")
+    folder = cache_folder(data.cache) / "stream" / key[:16]
+    with only_writer(folder):
+        work.save(folder)
+        tokenizer.save(folder / "tokenizer")
+    parts = plan_parts(sources, data.max_line_bytes, whole_packed=True)
+    by_source = [[part for part in parts if part.source == number] for number in range(len(sources))]
+    weights = [source.weight for source in data.all_sources if source.weight is not None] or None
+    repeated = [own * int(source.epochs) for own, source in zip(by_source, data.all_sources, strict=True)]
+    how, selection = _arrangement(recipe), Selection(data.filter.min_tokens, data.filter.max_tokens)
+    stream = StreamSet(
+        data.seq_len,
+        _pad_id(tokenizer),
+        how.document_mask,
+        folder,
+        by_source if weights else [[part for own in repeated for part in own]],
+        weights,
+        how,
+        selection,
+        data.workers,
+        vocab_size,
+        digest(key, how, selection, weights, [source.epochs for source in data.all_sources]),
+    )
+    with shown.bar("tokenizing the start of the stream", 0):
+        tokens, rows = stream.examine(recipe.train.seed, data.shuffle)
+    doctor.refuse(_examine(recipe, sources, tokens, rows, tokenizer, vocab_size))
+    return stream

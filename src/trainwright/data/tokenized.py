@@ -50,18 +50,8 @@ def tokenize(
     Raises:
         UserError: a source or a row cannot be read.
     """
-    cache = cache_folder(data.cache)
-    sources = [resolve(source, cache / "shipped", data.max_line_bytes) for source in recipes]
-    work = Work(sources, settings, data.on_bad_row == "skip", data.max_line_bytes)
-    key = digest(
-        VERSION,
-        [source.fingerprint() for source in sources],
-        tokenizer.fingerprint,
-        _template_fingerprint(sources, settings, tokenizer),
-        settings,
-        [work.skip_bad, work.max_line_bytes],
-    )
-    folder = cache / "tokens" / key[:16]
+    sources, work, key = plan_work(data, recipes, settings, tokenizer)
+    folder = cache_folder(data.cache) / "tokens" / key[:16]
     done = folder / "done.json"
     if not done.exists():
         with only_writer(folder):
@@ -72,6 +62,23 @@ def tokenize(
                 write_json(done, _summary(folder, sources, parts, tokenizer))
     summary = read_json(done)
     return TokenSet(folder, key, sources, _shards(folder, sources, summary["parts"]), summary["figures"])
+
+
+def plan_work(
+    data: DataRecipe, recipes: list[SourceRecipe], settings: EncodeSettings, tokenizer: Tokenizer
+) -> tuple[list[Source], Work, str]:
+    """The sources behind the recipe, what is done with them, and the key of all that decides their tokens."""
+    sources = [resolve(source, cache_folder(data.cache) / "shipped", data.max_line_bytes) for source in recipes]
+    work = Work(sources, settings, data.on_bad_row == "skip", data.max_line_bytes)
+    key = digest(
+        VERSION,
+        [source.fingerprint() for source in sources],
+        tokenizer.fingerprint,
+        _template_fingerprint(sources, settings, tokenizer),
+        settings,
+        [work.skip_bad, work.max_line_bytes],
+    )
+    return sources, work, key
 
 
 def _summary(folder: Path, sources: list[Source], parts: list[Part], tokenizer: Tokenizer) -> dict[str, object]:

@@ -4,11 +4,12 @@ Owns what happens to a part between its rows and its shard. Which parts there ar
 pool.py. A process speaks JSON lines: parts come in on standard input, progress and results go out on standard output.
 So nothing is pickled, and a caller's script needs no `if __name__ == "__main__"`.
 
-    python -m trainwright.data.worker FOLDER
+    python -m trainwright.data.worker FOLDER [--shared]
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from trainwright.data.cache import read_json, write_json
+from trainwright.data.cache import read_json, try_claim, write_json
 from trainwright.data.encode import Encoder, EncodeSettings
 from trainwright.data.formats import BadRow, Sample, to_sample
 from trainwright.data.indexed import token_type
@@ -43,6 +44,10 @@ class Part(NamedTuple):
 
     def prefix(self, folder: Path) -> Path:
         return folder / f"part-{self.number:05d}"
+
+    def done(self, folder: Path) -> bool:
+        """Whether its shard is whole."""
+        return self.prefix(folder).with_suffix(".json").exists()
 
 
 class Work(NamedTuple):
@@ -150,8 +155,12 @@ class PartTokenizer:
             bad.append((at, reason))
 
 
-def main(folder: Path) -> None:
-    """Works on the parts that standard input names, one a line, until it ends."""
+def main(folder: Path, shared: bool) -> None:
+    """Works on the parts that standard input names, one a line, until it ends.
+
+    Args:
+        shared: other processes work in the folder too, so each part is claimed first.
+    """
 
     def say(**words: object) -> None:
         print(json.dumps(words), flush=True)
@@ -159,7 +168,11 @@ def main(folder: Path) -> None:
     try:
         tokenizing = PartTokenizer(Work.load(folder), load_tokenizer(folder / "tokenizer"))
         for line in sys.stdin:
-            tokenizing.run(Part(*json.loads(line)), folder, lambda share: say(share=share))
+            part = Part(*json.loads(line))
+            lock = part.prefix(folder).with_suffix(".lock")
+            with try_claim(lock) if shared else contextlib.nullcontext(True) as mine:
+                if mine and not part.done(folder):
+                    tokenizing.run(part, folder, lambda share: say(share=share))
             say(done=True)
     except UserError as error:
         say(error=str(error))
@@ -168,4 +181,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), shared="--shared" in sys.argv[2:])
