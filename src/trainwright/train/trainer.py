@@ -101,7 +101,7 @@ class Trainer:
         recipe, world = self.recipe, self.world
         vocab_size = self.sources.config.vocab_size
         data = prepare(recipe, self.tokenizer, vocab_size=vocab_size, progress=world.is_main)
-        self.rows = len(data.train)
+        self.rows = 0 if recipe.data.streaming else len(data.train)  # a stream's length is not known
         size, accumulation = micro_batches(recipe.train, world.layout)
         self.loader = Loader(
             data.train,
@@ -317,7 +317,7 @@ class Trainer:
             say(f"resumed after step {self.step} from {self.checkpoint.path}")
         for change in self.journal.changed:
             say(f"changed since this run began: {change}")
-        if rows > self.rows:
+        if rows > self.rows > 0:
             say(f"NOTE: the data have {self.rows} rows, so some come more than once in a step of {rows}")
 
     def _result(self, **more: Any) -> RunResult:
