@@ -89,11 +89,20 @@ def rotary_tables(rope: RopeConfig, position_ids: Tensor, lengths_B1: Tensor | N
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     """Turns every pair of the last dim of x by its angle; x [..., 2R], cos and sin [..., R]."""
     wide = x.float()
-    if layout == "half":
-        first, second = wide.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
-    first, second = wide[..., 0::2], wide[..., 1::2]
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2).to(x.dtype)
+    first, second = _pairs(wide, layout)
+    if torch.compiler.is_compiling():
+        join = torch.cat if layout == "half" else torch.stack
+        return join([first * cos - second * sin, second * cos + first * sin], -1).view_as(x).to(x.dtype)
+    out = torch.empty_like(wide)
+    out_first, out_second = _pairs(out, layout)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    return out.to(x.dtype)
+
+
+def _pairs(x: Tensor, layout: str) -> tuple[Tensor, ...]:
+    """Views of the first and the second number of every pair."""
+    return x.chunk(2, -1) if layout == "half" else (x[..., 0::2], x[..., 1::2])
 
 
 class _Turn(torch.autograd.Function):

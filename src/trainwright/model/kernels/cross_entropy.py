@@ -113,7 +113,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         if ctx.grads is None:
-            raise RuntimeError("the loss of a linear head can be differentiated once: its gradients are scaled in place")
+            raise RuntimeError(
+                "the loss of a linear head can be differentiated once: it scales its gradients in place"
+            )
         (grad_x, grad_w, grad_b), ctx.grads = ctx.grads, None
         factor = grads[0]
         return (
