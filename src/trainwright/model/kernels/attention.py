@@ -11,7 +11,6 @@ Owns the choice of a backend from mask, dtype and device. Backends:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -30,6 +29,8 @@ _KERNELS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
+_VARLEN_NAMES_GQA = torch.__version__ >= torch.torch_version.TorchVersion("2.12")
+"""Before that its kernel reads the head counts from the tensors, without being told."""
 _FLEX_FROM = 256
 """Shorter rows are cheaper with a dense mask than with a block mask."""
 
@@ -146,17 +147,10 @@ def _varlen(q_BSND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: AttentionMask,
     left = -1 if mask.window is None else mask.window - 1
     q, k, v = (x.flatten(0, 1) for x in (q_BSND, k_BTKD, v_BTKD))
     rule: dict[str, Any] = {"scale": scale, "window_size": (left, 0)}
-    if _varlen_names_gqa():  # torch 2.11 has no such argument: its kernel reads the head counts from the tensors
+    if _VARLEN_NAMES_GQA:
         rule["enable_gqa"] = q.shape[1] != k.shape[1]
     out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, **rule)
     return out.unflatten(0, (B, S))
-
-
-@cache
-def _varlen_names_gqa() -> bool:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @cache

@@ -19,8 +19,10 @@ def _peaks(absmax, scales, offset, dynamic, block, inside, NESTED: tl.constexpr)
     if NESTED:
         level = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
         scale = tl.load(scales + block // 256, mask=inside, other=0.0)
-        return tl.load(dynamic + level) * scale + tl.load(offset)
-    return tl.load(absmax + block, mask=inside, other=0.0)
+        peak = tl.load(dynamic + level) * scale + tl.load(offset)
+    else:  # not a second return: Triton compiles what follows a return too, and wants one type
+        peak = tl.load(absmax + block, mask=inside, other=0.0)
+    return peak
 
 
 @triton.jit
