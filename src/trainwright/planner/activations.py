@@ -52,11 +52,14 @@ def layer_activations(job: Job, layer: int) -> LayerActivations:
     stream = job.stream_tokens * block.input_layernorm.size
     for norm in (block.input_layernorm, block.post_attention_layernorm):
         found.add("stream", stream * job.program.stream)
-        found.add("norm", stream * job.program.norm + job.stream_tokens * _statistics(norm))
+        found.add("norm", stream * job.program.norm + job.stream_tokens * _statistics(job, norm))
     found.entry = stream * job.program.stream
     if job.program.cast and not job.fsdp:
-        matrices = [item for item in job.by_layer.get(layer, ()) if item.trained and item.kind != "adapter"]
-        found.add("weights in compute type", whole_elements(job, matrices) * job.program.cast)
+        # Our own RMS norm for CPUs casts nothing, and biases are not kept.
+        norms = job.cluster.card.name != "CPU" or block.input_layernorm.kind == "layer"
+        trained = [item for item in job.by_layer.get(layer, ()) if item.trained and item.kind != "adapter"]
+        cast = [item for item in trained if len(item.shape) > 1 or (item.kind == "norm" and norms)]
+        found.add("weights in compute type", whole_elements(job, cast) * job.program.cast)
     before = found.total
     attention_work = _attention(job, block, f"{path}.self_attn", found)
     attention = found.total - before
@@ -67,9 +70,12 @@ def layer_activations(job: Job, layer: int) -> LayerActivations:
     return found
 
 
-def _statistics(norm: NormConfig) -> int:
-    """Float32 numbers that a norm keeps for each row, in bytes: one of RMS, two of layer norm."""
-    return 4 if norm.kind == "rms" else 8
+def _statistics(job: Job, norm: NormConfig) -> int:
+    """Bytes that a norm keeps for each row: one float32 number of RMS; two of layer norm, on a CPU in the input's
+    type."""
+    if norm.kind == "rms":
+        return 4
+    return 2 * job.program.compute if job.cluster.card.name == "CPU" else 8
 
 
 def _attention(job: Job, block: BlockConfig, path: str, found: LayerActivations) -> int:
@@ -138,8 +144,10 @@ def _experts(job: Job, part: MoeConfig, path: str, found: LayerActivations) -> i
     inner = rows * -(-part.experts.intermediate_size // job.layout.tp)
     compute = job.program.compute
     found.add("norm", job.tokens * hidden * job.program.normed)  # read by the router and by the sort
-    found.add("router", job.tokens * part.experts.num_experts * 4 + rows * (8 + 8 + 4))
-    found.add("experts", 2 * rows * hidden * compute + inner * _inner(job, part.experts))
+    # Probabilities, their sum and the pad mask; of each row its expert, its token, its place and its weight twice.
+    found.add("router", job.tokens * (part.experts.num_experts * 4 + 8) + rows * (3 * 8 + 4 + compute))
+    # Rows as the experts read them, as they come out, and weighed.
+    found.add("experts", 3 * rows * hidden * compute + inner * _inner(job, part.experts))
     matrices = 2 if part.experts.gate_proj else 1
     found.results += (matrices * inner + rows * hidden) * compute
     return inner * job.program.inner_work + 2 * rows * hidden * compute

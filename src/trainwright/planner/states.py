@@ -73,10 +73,11 @@ def parameter_shards(job: Job, item: Parameter) -> int:
 def shard_shape(job: Job, item: Parameter, rank: Rank = FIRST) -> Shape:
     """What FSDP leaves a rank: rows of dimension 0; columns where tensor parallel has cut the rows unevenly."""
     shape, shards = local_shape(job, item, rank), parameter_shards(job, item)
+    place = rank.shard // job.layout.ep if is_expert(item) else rank.shard
     uneven = item.cut == 0 and job.layout.tp > 1 and item.units is None and item.shape[0] % job.layout.tp
     if uneven and len(shape) > 1:
-        return (shape[0], piece(shape[1], shards, rank.shard), *shape[2:])
-    return (piece(shape[0], shards, rank.shard), *shape[1:])
+        return (shape[0], piece(shape[1], shards, place), *shape[2:])
+    return (piece(shape[0], shards, place), *shape[1:])
 
 
 def parameter_states(job: Job, item: Parameter, rank: Rank = FIRST) -> States:
