@@ -97,7 +97,9 @@ def test_odd_names_are_mapped() -> None:
 
 
 def test_characters_are_those_of_the_row() -> None:
-    assert read({"instruction": "abc", "input": "de", "output": "f"}).characters == len("abc\ndef")
+    row = {"instruction": "abc", "input": "de", "output": "f", "system": "uncounted", "history": [["x", "y"]]}
+    assert read(row).characters == 6
+    assert read({"messages": CHAT}).characters == len("HiHello")
     assert read({"prompt": "abc", "completion": "de"}).characters == 5
 
 

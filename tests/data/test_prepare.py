@@ -229,6 +229,25 @@ def test_processes_write_what_one_writes(
     assert together.train.fingerprint == alone.train.fingerprint
 
 
+def test_processes_know_what_ends_an_answer(
+    tmp_path: Path, make: Callable[..., Recipe], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids that only generation_config.json names reach the processes; masks depend on them."""
+    stop = tokenizer.token_id("<|im_end|>")
+    assert stop is not None
+    ending = Tokenizer(tokenizer._json, tokenizer.config, [stop])
+    write_rows(tmp_path / "a.jsonl", [CHAT] * 400)
+    monkeypatch.setattr(pool, "PART_BYTES", 2000)
+    monkeypatch.setattr(pool, "ALONE_BYTES", 0)
+    data = {"path": str(tmp_path / "a.jsonl"), "template": "chatml", "accept": ["template"]}
+    alone = prepare(make(**data), ending)
+    together = prepare(make(**data, workers=2, cache=str(tmp_path / "other")), ending)
+    assert shards(alone) == shards(together)
+    assert alone.train.fingerprint == together.train.fingerprint
+    assert prepare(make(**data), tokenizer).train.fingerprint != alone.train.fingerprint
+    assert load_tokenizer(together.folder / "tokenizer").stop_ids == ending.stop_ids
+
+
 def test_an_interrupted_preparation_goes_on(
     tmp_path: Path, make: Callable[..., Recipe], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,16 +21,20 @@ class BadRow(Exception):
 class Sample(NamedTuple):
     """What one row says. Either a chat (`messages`), or plain text: `prompt` that is only read, `text` that is trained.
 
-    `characters` counts what the row itself wrote, without templates, separators or a default system message.
+    `own_characters` is what the length filters count, where it is not everything that is said.
     """
 
     messages: list[Message] | None = None
     tools: list[dict[str, Any]] | None = None
     prompt: str = ""
     text: str = ""
+    own_characters: int | None = None
 
     @property
     def characters(self) -> int:
+        """Characters of the row itself, without templates, separators or a default system message."""
+        if self.own_characters is not None:
+            return self.own_characters
         return len(self.prompt) + len(self.text) + sum(len(m.get("content") or "") for m in self.messages or ())
 
     def content(self) -> str:
@@ -55,14 +59,14 @@ def alpaca(row: Row) -> Sample:
         if not (isinstance(turn, Sequence) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
             raise BadRow("history holds something that is no [question, answer] pair of strings")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    question = _text(row, "instruction")
-    asked: Message = {"role": "user", "content": question}
-    if extra := _text(row, "input", optional=True) or _text(row, "context", optional=True):  # Dolly says context
-        # Apart too, for Alpaca's own template, which sets them under headings of their own.
-        asked = {**asked, "instruction": question, "input": extra} if question else asked
-        asked["content"] = f"{question}\n{extra}" if question else extra
-    messages += [asked, {"role": "assistant", "content": _text(row, "output")}]
-    return Sample(messages=messages)
+    question, answer = _text(row, "instruction"), _text(row, "output")
+    extra = _text(row, "input", optional=True) or _text(row, "context", optional=True)  # Dolly says context
+    asked: Message = {"role": "user", "content": "\n".join(filter(None, [question, extra]))}
+    if question and extra:  # apart too, for Alpaca's own template, which sets them under headings of their own
+        asked |= {"instruction": question, "input": extra}
+    messages += [asked, {"role": "assistant", "content": answer}]
+    # length filters of published alpaca runs count these three, and neither history nor system
+    return Sample(messages=messages, own_characters=len(question) + len(extra) + len(answer))
 
 
 # Speakers as data sets spell them, to the roles that chat templates know.

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from trainwright.data.cache import write_json
 from trainwright.data.readers import LINE_KINDS, size
 from trainwright.data.sources import Source
 from trainwright.data.tokenizer import Tokenizer
@@ -83,7 +84,7 @@ def tokenize_parts(
     if not missing:
         return
     work.save(folder)
-    tokenizer.save(folder / "tokenizer")
+    save_tokenizer(tokenizer, folder)
     count = min(len(missing), cores() if workers is None else workers)
     if count <= 1 or sum(part.bytes for part in missing) < ALONE_BYTES:
         alone = PartTokenizer(work, tokenizer)
@@ -93,6 +94,12 @@ def tokenize_parts(
             advance.to(1.0)
         return
     _Pool(missing, folder, progress).run(count)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the tokenizer where worker processes load it, with the ids that end generation: they end answers too."""
+    tokenizer.save(folder / "tokenizer")
+    write_json(folder / "tokenizer" / "generation_config.json", {"eos_token_id": list(tokenizer.stop_ids)})
 
 
 def cores() -> int:

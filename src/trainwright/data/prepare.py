@@ -19,7 +19,7 @@ from trainwright.data.arrange import Arrangement, arrange
 from trainwright.data.cache import cache_folder, digest, only_writer
 from trainwright.data.encode import EncodeSettings
 from trainwright.data.packing import Selection
-from trainwright.data.pool import plan_parts
+from trainwright.data.pool import plan_parts, save_tokenizer
 from trainwright.data.progress import Progress, summary
 from trainwright.data.rows import RowSet
 from trainwright.data.sources import Source
@@ -158,7 +158,7 @@ def _streamed(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int | None, show
     folder = cache_folder(data.cache) / "stream" / key[:16]
     with only_writer(folder):
         work.save(folder)
-        tokenizer.save(folder / "tokenizer")
+        save_tokenizer(tokenizer, folder)
     parts = plan_parts(sources, data.max_line_bytes, whole_packed=True)
     by_source = [[part for part in parts if part.source == number] for number in range(len(sources))]
     weights = [source.weight for source in data.all_sources if source.weight is not None] or None

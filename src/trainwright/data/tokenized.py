@@ -73,7 +73,7 @@ def plan_work(
     key = digest(
         VERSION,
         [source.fingerprint() for source in sources],
-        tokenizer.fingerprint,
+        [tokenizer.fingerprint, tokenizer.stop_ids],
         _template_fingerprint(sources, settings, tokenizer),
         settings,
         [work.skip_bad, work.max_line_bytes],
