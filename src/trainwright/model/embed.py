@@ -29,6 +29,7 @@ class Head(nn.Module):
         super().__init__()
         self.normalized = config.normalized
         self.shard: VocabShard | None = None  # set from outside where the rows of W are a slice of the vocabulary
+        self.loss_chunk = 0  # tokens whose logits exist at once; 0: chosen by their size
         self.weight = nn.Parameter(torch.empty(config.out_features, config.in_features))
         self.bias = nn.Parameter(torch.zeros(config.out_features)) if config.bias else None
 
@@ -38,4 +39,4 @@ class Head(nn.Module):
         weight = weight.to(x_BSH.dtype)
         if labels_BS is None:
             return F.linear(x_BSH, weight, self.bias if self.bias is None else self.bias.to(x_BSH.dtype))
-        return linear_cross_entropy(x_BSH, weight, labels_BS, self.bias, self.shard)
+        return linear_cross_entropy(x_BSH, weight, labels_BS, self.bias, self.shard, self.loss_chunk)

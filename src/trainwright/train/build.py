@@ -23,6 +23,7 @@ from trainwright.device import device_name
 from trainwright.errors import UserError
 from trainwright.model.checkpoint import load_config, load_weights
 from trainwright.model.config import ModelConfig
+from trainwright.model.embed import Head
 from trainwright.model.folder import resolve
 from trainwright.model.transformer import Transformer, check_learned_positions
 from trainwright.parallel.apply import DTYPES, Spread, parallelize
@@ -109,6 +110,8 @@ def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transfo
     if recipe.adapter is not None:
         freeze_base(model)
     freeze(model, recipe.model.frozen)
+    if isinstance(model.lm_head, Head):
+        model.lm_head.loss_chunk = settings.loss_chunk
     # Beside adapters, which stay float32, nothing is updated: the base needs no wider copy than the compute type's.
     masters = settings.master_weights and recipe.adapter is None
     model.to(torch.float32 if masters else DTYPES[settings.precision])
@@ -158,6 +161,10 @@ def total_steps(recipe: TrainRecipe, rows: int, rows_per_step: int, seq_len: int
     if recipe.steps is not None:
         return recipe.steps
     if recipe.epochs is not None:
+        if not rows:
+            raise UserError(
+                f"train.epochs={recipe.epochs:g} of data.streaming, whose length is not known: use train.steps or tokens"
+            )
         return max(1, math.ceil(recipe.epochs * rows / rows_per_step))
     assert recipe.tokens is not None
     return math.ceil(recipe.tokens / (rows_per_step * seq_len))

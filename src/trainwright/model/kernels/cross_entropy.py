@@ -75,7 +75,13 @@ def _probabilities(logits_MV: Tensor, labels_M: Tensor, shard: VocabShard | None
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_M: Tensor, shard: VocabShard | None
+        ctx: Any,
+        x_MH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        labels_M: Tensor,
+        shard: VocabShard | None,
+        chunk: int,
     ) -> Tensor:
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         supervised_M = labels_M != IGNORE
@@ -85,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_MH) if need_x else None
         grad_w = torch.zeros_like(weight_VH, dtype=torch.float32) if need_w else None
         grad_b = torch.zeros(weight_VH.shape[0], dtype=torch.float32, device=x_MH.device) if need_b else None
-        rows = chunk_rows(x_MH.shape[0], shard.size if shard else weight_VH.shape[0], x_MH.device.type)
+        rows = chunk or chunk_rows(x_MH.shape[0], shard.size if shard else weight_VH.shape[0], x_MH.device.type)
         for begin in range(0, x_MH.shape[0], rows):
             part = slice(begin, begin + rows)
             kept, label = supervised_M[part], local_M[part]
@@ -111,17 +117,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         if ctx.grads is None:
-            raise RuntimeError(
-                "the loss of a linear head can be differentiated once: it scales its gradients in place"
-            )
+            raise RuntimeError("the loss of a linear head can be differentiated once: it scales its gradients in place")
         (grad_x, grad_w, grad_b), ctx.grads = ctx.grads, None
         factor = grads[0]
         return (
             None if grad_x is None else grad_x.mul_(factor),
             None if grad_w is None else grad_w.mul_(factor).to(ctx.dtypes[0]),
             None if grad_b is None else grad_b.mul_(factor).to(ctx.dtypes[1]),
+            None,
             None,
             None,
         )
@@ -136,11 +141,17 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def linear_cross_entropy(
-    x: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None, shard: VocabShard | None = None
+    x: Tensor,
+    weight_VH: Tensor,
+    labels: Tensor,
+    bias_V: Tensor | None = None,
+    shard: VocabShard | None = None,
+    chunk: int = 0,
 ) -> Tensor:
     """Sum over labels != -100 of -log softmax(x W^T + b)[label], a float32 scalar.
 
     x [..., H], labels [...] int64, already shifted. Gradients flow to x, W and b, each only if it needs one.
+    `chunk`: tokens whose logits exist at once; 0 keeps them near a fixed size.
     """
     x_MH, labels_M = x.flatten(0, -2), labels.flatten()
     if x.device.type == "cpu" and shard is None and not torch.compiler.is_compiling():
@@ -148,4 +159,4 @@ def linear_cross_entropy(
         kept = (labels_M != IGNORE).nonzero().flatten()
         if kept.numel() < labels_M.numel():
             x_MH, labels_M = x_MH[kept], labels_M[kept]
-    return _LinearCrossEntropy.apply(x_MH, weight_VH, bias_V, labels_M, shard)
+    return _LinearCrossEntropy.apply(x_MH, weight_VH, bias_V, labels_M, shard, chunk)
