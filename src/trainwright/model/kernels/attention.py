@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from inspect import signature
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from trainwright.model.mask import AttentionMask, document_offsets
 
@@ -29,8 +31,8 @@ _KERNELS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
-_VARLEN_NAMES_GQA = torch.__version__ >= torch.torch_version.TorchVersion("2.12")
-"""Before that its kernel reads the head counts from the tensors, without being told."""
+_VARLEN_NAMES_GQA = "enable_gqa" in signature(varlen_attn).parameters
+"""Torch 2.11's reads the head counts from the tensors, without being told."""
 _FLEX_FROM = 256
 """Shorter rows are cheaper with a dense mask than with a block mask."""
 
@@ -136,8 +138,6 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, s
 
 
 def _varlen(q_BSND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: AttentionMask, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     B, S = q_BSND.shape[:2]
     offsets, longest = mask.seen.cu_seqlens, mask.seen.max_seqlen or S
     if offsets is None and mask.seen.document_ids_BT is not None:
