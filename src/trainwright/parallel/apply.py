@@ -1,9 +1,10 @@
 """Spreads a model over processes and makes it fast: the order of application, on one screen.
 
-    pp -> tp -> cp -> ep -> recompute -> offload -> compile -> fsdp
+    pp -> tp -> cp -> ep -> recompute -> compile -> offload -> fsdp
 
 Stages are cut first, so that everything after sees only its own layers. Tensor parallelism comes before whatever needs
-to know the number of heads of a rank; recomputation and compilation see the collectives inside a layer; sharding comes
+to know the number of heads of a rank; recomputation and compilation see the collectives inside a layer; what waits in
+host memory is what compiled layers keep, and its hooks would break them up from inside; sharding comes
 last, so that a layer is gathered once for its forward and once for its backward pass. The model knows nothing of it.
 """
 
@@ -49,6 +50,12 @@ class Spread:
     pipeline: Pipeline | None = None
     rows: RowSplit | None = None
 
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen, in words, one line each."""
+        notes = [f"context parallel: {self.rows.why}"] if self.rows is not None else []
+        return notes + ([str(self.pipeline)] if self.pipeline is not None else [])
+
 
 def parallelize(
     model: Transformer,
@@ -82,11 +89,11 @@ def parallelize(
         layers = list((stage.layers or {}).values())
         in_flight = pp.size() if pp is not None else 1  # 1F1B's most on a rank, each with its own kept results
         apply_recompute(layers, recipe.recompute, memory_gib=recipe.recompute_memory, in_flight=in_flight)
-        if recipe.offload in ("activations", "all"):
-            apply_offload(layers, world.device)
         if compile_layers:
             for layer in layers:
-                layer.compile()
+                layer.forward = torch.compile(layer.forward)
+        if recipe.offload in ("activations", "all"):
+            apply_offload(layers, world.device)
         if world.size > 1:
             cast = None if precision == "fp32" else DTYPES[precision]
             apply_fsdp(stage, world, cast, offload=recipe.offload == "all", keep_gathered=cut is not None)

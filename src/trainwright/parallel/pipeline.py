@@ -62,7 +62,7 @@ class Cut:
 
     def __str__(self) -> str:
         sizes = ", ".join(str(len(layers)) for layers in self.stages)
-        return f"{self.schedule} over {len(self.stages)} stages of {sizes} layers, embedding first and head last"
+        return f"{self.schedule} over {len(self.stages)} stages of {sizes} layers, with the embedding and the head"
 
 
 def cut_model(model: Transformer, cut: Cut) -> list[Transformer]:
@@ -84,6 +84,18 @@ def _untie(model: Transformer) -> None:
     model.tied = False
     head: Any = model.lm_head
     head.weight = nn.Parameter(torch.empty_like(head.weight))
+
+
+def without_twins(
+    model: Transformer, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Named weights and states without the head's copy of a tied table, and (original, copy) pairs of what was left
+    out: a checkpoint holds what any layout has."""
+    if model.tied or not model.config.lm_head.tied:
+        return dict(tensors), []
+    originals = {name: name.replace("lm_head.weight", "embed_tokens.weight") for name in tensors}
+    kept = {name: tensor for name, tensor in tensors.items() if originals[name] == name}
+    return kept, [(tensors[originals[name]], tensors[name]) for name in tensors if name not in kept]
 
 
 def _view(model: Transformer, layers: range, *, embedding: bool, head: bool) -> Transformer:
@@ -131,6 +143,11 @@ class Pipeline:
         self._in_flight: list[tuple[Any, Tensor]] = []
         self._share: Callable[[LossOutput], Tensor] | None = None
         self._ends = _end_group(cut, mesh) if self.config.lm_head.tied else None
+
+    def __str__(self) -> str:
+        whole = self.cut.schedule == "zbv" and not self.split_backward
+        bubbles = "; recomputed or compiled layers take both gradients at once, so no bubble is filled" if whole else ""
+        return f"pipeline: {self.cut}{bubbles}"
 
     # ---- training ----
 

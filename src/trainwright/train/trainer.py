@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trainwright.data.loader import Batch, Loader
 from trainwright.data.prepare import prepare
 from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
 from trainwright.parallel.mesh import join_world
+from trainwright.parallel.pipeline import without_twins
 from trainwright.parallel.watch import begin_watch
 from trainwright.recipe.schema import Recipe
 from trainwright.train.build import (
@@ -122,6 +124,7 @@ class Trainer:
         """The model in its layout, its optimizer, and the step that joins them."""
         settings = self.recipe.train
         self.model, spread = build_model(self.recipe, self.sources, self.world)
+        self.spread_notes = spread.notes
         self.passes: Any = spread.pipeline or self.model  # what runs forward and backward; weights are the model's
         self.optimizers = build_optimizer(
             self.model,
@@ -283,7 +286,8 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         """Everything of a checkpoint that is a tensor and has a layout: what is trained, and its states."""
         weights = {f"model.{name}": tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
-        return weights | {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
+        states = {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state_tensors().items()}
+        return without_twins(self.model, weights | states)[0]
 
     def _restore(self, step: int | None) -> None:
         """Puts the run back to a checkpoint; without any, it starts from its beginning."""
@@ -292,6 +296,7 @@ class Trainer:
             return
         self.optimizers.create_states()
         state = self.checkpoints.load(found, self._tensors())
+        self._copy_twins()
         self.loader.load_state_dict(state["loader"])
         self.loss_scale.restore(state["loss_scale"])
         self.step, self.tokens = state["step"], state["tokens"]
@@ -304,6 +309,13 @@ class Trainer:
         else:  # a rank that the run did not have before
             seed_everything(self.recipe.train.seed + self.world.data_rank + self.step)
 
+    def _copy_twins(self) -> None:
+        """What this rank holds twice is stored once."""
+        everything = dict(self.model.named_parameters()) | self.optimizers.state_tensors()
+        with torch.no_grad():
+            for original, twin in without_twins(self.model, everything)[1]:
+                twin.copy_(original)
+
     # ---- small parts ----
 
     def _greet(self) -> None:
@@ -313,6 +325,8 @@ class Trainer:
             f"{self.folder.path}: {self.sources.config.num_parameters():,} parameters, {self.total_steps} steps of "
             f"{rows} rows x {self.recipe.data.seq_len} tokens, {self.world.layout} on {self.world.device.type}"
         )
+        for note in self.spread_notes:
+            say(note)
         if self.checkpoint is not None:
             say(f"resumed after step {self.step} from {self.checkpoint.path}")
         for change in self.journal.changed:
