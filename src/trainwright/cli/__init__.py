@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from trainwright.cli import align, chat, convert, doctor, plan, prepare, recipes, train
+from trainwright.cli import align, chat, convert, doctor, launch, plan, prepare, recipes, train
 from trainwright.errors import UserError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("models")(recipes.models)
 app.command("plan")(plan.plan)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
+app.command("launch")(launch.launch)
 app.add_typer(convert.app, name="convert")
 app.command("generate")(chat.generate)
 app.command("chat")(chat.chat)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trainwright.cli.recipes import Overrides, RecipeName
+from trainwright.cli.options import Overrides, RecipeName
 from trainwright.errors import UserError
 from trainwright.recipe.schema import Recipe
 

@@ -68,21 +68,25 @@ class Watchdog(NoWatch):
         self.status = Status(rank, os.getpid(), socket.gethostname(), 0, "starting", now, now)
         self._path = folder / f"rank-{rank:05d}.json"
         self._over = threading.Event()
+        self._writing = threading.Lock()
         self._write()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def beat(self, step: int, doing: str) -> None:
-        """Progress: step `step` (counted from 1) has begun, or another long piece of work has."""
+        """Progress: step `step` (counted from 1) has begun, or another long piece of work has.
+
+        Written at once: who dies in the next moment has said where.
+        """
         self.status.step, self.status.doing, self.status.since = step, doing, time.time()
+        self._write()
 
     def close(self) -> None:
         """Ends the watch; the file stays and says that this process finished."""
         self._over.set()
         self._thread.join()
-        self.beat(self.status.step, "finished")
         self.status.collective = None
-        self._write()
+        self.beat(self.status.step, "finished")
 
     def _watch(self) -> None:
         while not self._over.wait(self.interval):
@@ -96,8 +100,9 @@ class Watchdog(NoWatch):
                 os._exit(EXIT_HANG)
 
     def _write(self) -> None:
-        self.status.time = time.time()
-        _replace(self._path, asdict(self.status))
+        with self._writing:
+            self.status.time = time.time()
+            _replace(self._path, asdict(self.status))
 
 
 def begin_watch(folder: Path, world: World, minutes: float) -> NoWatch:
@@ -226,11 +231,12 @@ def is_secondary(error: BaseException) -> bool:
 
 
 def _whereabouts() -> tuple[str | None, str]:
-    """(the collective that some thread is in, where the main thread is in our own code)."""
+    """(the collective that some thread is in, where the main thread is outside of libraries)."""
     own = threading.get_ident()
     frames = {ident: _outward(frame) for ident, frame in sys._current_frames().items() if ident != own}
     main = frames.get(threading.main_thread().ident or 0, [])
-    places = [f"{Path(f).name}:{line} {name}" for f, name, line in main if "trainwright" in f]
+    library = ("site-packages", sys.base_prefix, "<")  # where a process stands is said by code that people know
+    places = [f"{Path(f).name}:{line} {name}" for f, name, line in main if not any(part in f for part in library)]
     stacks = [main, *(stack for stack in frames.values() if stack is not main)]
     return next((found for found in map(_collective_of, stacks) if found), None), places[0] if places else ""
 

@@ -1,0 +1,123 @@
+"""Starting processes, joining those that others started, and the one line in which a run ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainwright.errors import UserError
+from trainwright.parallel.launch import first_host, join_environment
+from trainwright.parallel.watch import Status, Verdict, judge, read_verdict, reason, tell
+
+LAUNCH = (
+    "import sys; from pathlib import Path; from trainwright.parallel.launch import run_processes; "
+    "sys.exit(run_processes(2, [sys.executable, '-m', 'tests.parallel.launched', *sys.argv[1:]], Path(sys.argv[2])))"
+)
+
+
+def launch(mode: str, folder: Path) -> tuple[int, str]:
+    """Two processes under our launcher: (exit status, what the screen shows)."""
+    environment = {**os.environ, "TRAINWRIGHT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, mode, str(folder)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "parts"),
+    [
+        (
+            "raise",
+            1,
+            ["rank 1 of 2 ended at step 4", "ValueError: a tensor of the wrong shape", "rank-00001.error.txt"],
+        ),
+        ("kill", 1, ["rank 1 was ended at step 4", "SIGKILL", "host runs out of memory"]),
+        (
+            "hang",
+            75,
+            ["rank 1 (process", "hangs at step 4", "launched.py", "the others wait in all_reduce", "0.05 minutes"],
+        ),
+    ],
+)
+def test_the_end_of_a_run_is_one_line(mode: str, status: int, parts: list[str], tmp_path: Path) -> None:
+    began = time.monotonic()
+    code, screen = launch(mode, tmp_path / "ranks")
+    lines = [line for line in screen.splitlines() if line.strip()]
+    assert code == status, screen
+    assert len(lines) == 1, screen
+    for part in parts:
+        assert part in lines[0]
+    assert time.monotonic() - began < 60
+
+
+def test_running_out_of_memory_says_what_to_lower() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated")
+    line = reason(error)
+    assert "Tried to allocate 2.00 GiB" in line
+    assert "lower train.micro_batch_size" in line
+    assert "reserved" not in line
+
+
+def of(rank: int, step: int, collective: str | None, time: float = 100.0) -> Status:
+    return Status(rank, 10 + rank, "host", step, "training", 0.0, time, collective, "data/loader.py:9 next")
+
+
+def test_a_silent_process_hangs_before_one_that_is_behind() -> None:
+    statuses = {0: of(0, 7, "all_reduce"), 1: of(1, 6, None), 2: of(2, 7, "all_reduce", time=40.0)}
+    line = judge(statuses, 3, 60, 2)
+    assert line.startswith("rank 2 (process 12 on host) hangs at step 7: it does not answer")
+    assert "wait in all_reduce" in line
+    line = judge({**statuses, 2: of(2, 7, "all_reduce")}, 3, 60, 2)
+    assert line.startswith("rank 1 (process 11 on host) hangs at step 6: it is behind, at data/loader.py:9 next")
+
+
+def test_a_process_that_is_in_no_collective_hangs() -> None:
+    statuses = {0: of(0, 7, "all_reduce"), 1: of(1, 7, None)}
+    assert judge(statuses, 2, 60, 2).startswith(
+        "rank 1 (process 11 on host) hangs at step 7: it is not in a collective"
+    )
+    everyone = {0: of(0, 7, "all_reduce"), 1: of(1, 7, "all_gather")}
+    assert judge(everyone, 2, 60, 2).startswith("all ranks hang at step 7 in all_gather and all_reduce")
+    assert judge({0: of(0, 7, "all_reduce")}, 2, 60, 2).startswith("rank 1 hangs at step 7: it does not answer")
+
+
+def test_the_first_verdict_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tell(tmp_path, Verdict(3, "the reason", 1))
+    assert not tell(tmp_path, Verdict(0, "a peer went away", 1))
+    assert read_verdict(tmp_path) == Verdict(3, "the reason", 1)
+    assert capsys.readouterr().err == "trainwright: the reason\n"
+
+
+def test_slurm_becomes_torchruns_environment() -> None:
+    environment = {
+        "SLURM_JOB_ID": "40012", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "11",
+        "SLURM_LOCALID": "3", "SLURM_STEP_NODELIST": "gpu[03-04],login1",
+    }  # fmt: skip
+    assert join_environment(environment) == "SLURM"
+    wanted = {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16", "MASTER_ADDR": "gpu03", "MASTER_PORT": "20012"}
+    assert {name: environment[name] for name in wanted} == wanted
+
+
+def test_who_started_us() -> None:
+    assert join_environment({}) == ""
+    assert join_environment({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}) == ""
+    assert join_environment({"RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}) == "torchrun"
+    pod = {"RANK": "1", "WORLD_SIZE": "4"}
+    assert join_environment(pod) == "environment"
+    assert pod["LOCAL_RANK"] == "0"
+    with pytest.raises(UserError, match="SLURM_STEP_NODELIST"):
+        join_environment({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("gpu[03-07,11],x", "gpu03"), ("a1,a2", "a1"), ("n[5,7]", "n5"), ("one", "one"), ("", "")]
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
