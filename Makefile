@@ -7,17 +7,23 @@ TORCH  ?= torch==2.13.0
 
 .PHONY: demo test lint clean install
 
+# A new run's folder each time: what was trained before is kept.
+demo: RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 demo: install
-	$(BIN)/python -m trainwright.cli.demo
+	$(BIN)/trainwright train quickstart name=$(RUN)
+	$(BIN)/trainwright generate runs/$(RUN) --prompt 'Tom has 7 pens and buys 5 more. How many now?' \
+		--prompt '小明有9个苹果,送出4个,还剩几个?'
+	@echo 'open runs/$(RUN)/report.html; talk to it: $(BIN)/trainwright chat runs/$(RUN)'
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
 lint: install
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/tour.py --check
 
 install: $(VENV)/installed
 
