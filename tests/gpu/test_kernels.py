@@ -1,0 +1,69 @@
+"""What only a GPU has, against plain float32: attention in each backend, grouped experts, cross entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.attention_cases import MASKS, run
+from trainwright.model.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
+from trainwright.model.kernels.grouped import grouped_linear, has_grouped_mm
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+CASES = [(2, 384, 8, 2), (1, 300, 4, 4), (2, 24, 8, 2)]
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "flash", "sdpa"])
+def test_attention(case: tuple[int, int, int, int], mask: str, alibi: bool, backend: Any) -> None:
+    options: dict[str, Any] = {"device": "cuda", "head_dim": 64}
+    plain = run(case, mask, alibi, "eager", **options)
+    rounded = run(case, mask, alibi, "eager", dtype=torch.bfloat16, **options)
+    chosen: list[str] = []
+    given = run(case, mask, alibi, backend, dtype=torch.bfloat16, chosen=chosen, **options)
+    if backend == "auto":
+        expected = {"window": "varlen", "documents": "varlen"}.get(mask, "cudnn" if mask == "causal" else "flex")
+        expected = "flex" if alibi else expected
+        assert chosen == ["sdpa" if expected == "flex" and case[1] < 256 else expected]
+    for one, eager, two in zip(plain, rounded, given, strict=True):
+        bound = 3 * (eager.float() - one).abs().max() + 2e-2  # the noise of bf16, measured by the plain form in bf16
+        assert (two.float() - one).abs().max() < bound
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 123, 72], [1, 1, 1, 197], [200, 0, 0, 0]])
+def test_grouped_linear(counts: list[int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4, 96, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    assert has_grouped_mm(x)
+    upstream = torch.randn(200, 96, device="cuda", dtype=torch.bfloat16)
+    given = grouped_linear(x, weight, torch.tensor(counts, device="cuda"))
+    ours = (given, *torch.autograd.grad(given, (x, weight), upstream))
+    parts = x.float().split(counts)
+    expected = torch.cat([part @ w.float().t() for part, w in zip(parts, weight, strict=True)])
+    plain = (expected, *torch.autograd.grad(expected, (x, weight), upstream.float()))
+    for one, two in zip(ours, plain, strict=True):
+        assert (one.float() - two.float()).abs().max() / two.float().abs().max() < 1e-2
+
+
+def test_cross_entropy() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 700, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(50000, 256, device="cuda") * 0.1).bfloat16().requires_grad_()
+    labels = torch.randint(0, 50000, (2, 700), device="cuda")
+    labels[:, ::3] = -100
+    given = linear_cross_entropy(x, weight, labels)
+    ours = torch.autograd.grad(given, (x, weight))
+    wide_x, wide_w = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    expected = linear_cross_entropy_plain(wide_x, wide_w, labels)
+    plain = torch.autograd.grad(expected, (wide_x, wide_w))
+    assert abs(given.item() / expected.item() - 1) < 1e-5
+    for one, two in zip(ours, plain, strict=True):
+        assert (one.float() - two).abs().max() / two.abs().max() < 1e-2
