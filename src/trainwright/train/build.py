@@ -163,7 +163,7 @@ def total_steps(recipe: TrainRecipe, rows: int, rows_per_step: int, seq_len: int
     if recipe.epochs is not None:
         if not rows:
             raise UserError(
-                f"train.epochs={recipe.epochs:g} of data.streaming, whose length is not known: use train.steps or tokens"
+                f"train.epochs={recipe.epochs:g} of a stream, whose length is not known: use train.steps or train.tokens"
             )
         return max(1, math.ceil(recipe.epochs * rows / rows_per_step))
     assert recipe.tokens is not None

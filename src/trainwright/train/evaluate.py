@@ -21,7 +21,7 @@ import torch
 from trainwright.data.loader import Batch, Loader
 from trainwright.data.rows import RowSet
 from trainwright.data.tokenizer import Tokenizer
-from trainwright.device import widest_float
+from trainwright.device import uncompiled, widest_float
 from trainwright.model.generate import generate
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.mesh import World
@@ -148,7 +148,8 @@ def answer_questions(
     for start in range(0, len(order), QUESTIONS_AT_ONCE):
         numbers = order[start : start + QUESTIONS_AT_ONCE]
         prompts = [list(questions[number].prompt) for number in numbers]
-        steps = list(generate(model, prompts, max_new_tokens=max_new_tokens, eos_token_ids=list(stop_ids)))
+        with uncompiled():  # every length would be compiled anew, and soon none any more
+            steps = list(generate(model, prompts, max_new_tokens=max_new_tokens, eos_token_ids=list(stop_ids)))
         for number, tokens in zip(numbers, torch.stack(steps, dim=1).tolist(), strict=True):
             ends = [at for at, token in enumerate(tokens) if token in stop_ids]
             answers[number] = Answer(

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trainwright.device import uncompiled
 from trainwright.errors import UserError
 
 PATIENCE = 20  # refused steps in a row after which skipping is not helping
@@ -83,7 +83,7 @@ def find_nonfinite(
             every = [row for of_batch in numbers for row in of_batch]
             return Finding(f"the weight {name}, which held NaN or infinity before this step", every)
     first: Finding | None = None
-    with _uncompiled():
+    with uncompiled():  # compiled layers would not run the hooks of the modules inside them
         for batch, rows in zip(batches, numbers, strict=True):
             found = _search(model, loss_of, batch, rows)
             if found and first and found.where == first.where:
@@ -163,13 +163,3 @@ class _Watch:
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; a plain tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
-
-
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Compiled blocks would not run the hooks of the modules inside them."""
-    torch.compiler.set_stance("force_eager")
-    try:
-        yield
-    finally:
-        torch.compiler.set_stance("default")

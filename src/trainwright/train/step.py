@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.data.loader import Batch
-from trainwright.device import widest_float
+from trainwright.device import upload, widest_float
 from trainwright.model.mask import document_offsets
 from trainwright.model.transformer import LossOutput
 from trainwright.parallel.mesh import World
@@ -92,7 +92,7 @@ class TrainStep:
 
     def __call__(self, batches: Sequence[Batch], rate: float, stop_asked: bool = False) -> StepResult:
         """One update at learning rate `rate`. Gradients are freed afterwards."""
-        counts = count_tokens(batches, stop_asked).to(self.world.device, widest_float(self.world.device))
+        counts = upload(count_tokens(batches, stop_asked).to(widest_float(self.world.device)), self.world.device)
         layout = self.world.layout
         counts = self.world.sum(counts, copies=layout.row_copies)
         loss_sum = self.world.sum(self._accumulate(batches, counts[0].clamp(min=1)), copies=layout.token_copies)
@@ -168,9 +168,7 @@ def to_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     if documents is not None and bool(((documents != documents[:, :1]) | (documents < 0)).any()):
         offsets = document_offsets(documents)
         inputs |= {"document_ids": documents, "cu_seqlens": offsets, "max_seqlen": int(offsets.diff().max())}
-    return {
-        key: item.to(device, non_blocking=True) if isinstance(item, Tensor) else item for key, item in inputs.items()
-    }
+    return {key: upload(item, device) if isinstance(item, Tensor) else item for key, item in inputs.items()}
 
 
 def count_tokens(batches: Sequence[Batch], stop_asked: bool = False) -> Tensor:
