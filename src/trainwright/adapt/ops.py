@@ -222,5 +222,12 @@ def frozen_grouped_linear(x_MI: Tensor, format: str, pieces: list[Tensor], colum
     return _FrozenGroupedLinear.apply(x_MI, format, columns, counts_E, *pieces)
 
 
-KEPT = (torch.ops.trainwright.lora_linear.default, torch.ops.trainwright.frozen_linear.default)
+def kept_cost(args: tuple[Any, ...]) -> tuple[int, float]:
+    """(bytes of the result, FLOPs to make it again) of one of `KEPT`, from what it was called with."""
+    x, pieces = args[0], args[2]
+    rows, columns, out = x.numel() // x.shape[-1], x.shape[-1], pieces[0].shape[-2]
+    return rows * out * x.element_size(), 2.0 * rows * out * columns
+
+
+KEPT = frozenset({torch.ops.trainwright.lora_linear.default, torch.ops.trainwright.frozen_linear.default})
 """Results that cost more to compute than to keep, for selective recompute."""

@@ -23,6 +23,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from trainwright.adapt import ops
+
 GIB = 2**30
 Recompute = Literal["none", "selective", "full"]
 Key = tuple[Any, int]
@@ -46,7 +48,7 @@ ATTENTION = _existing(
     "aten._scaled_dot_product_attention_math", "torch_attn._varlen_attn", "higher_order.flex_attention",
 )  # fmt: skip
 EXCHANGES = _existing("_c10d_functional.reduce_scatter_tensor", "_c10d_functional.all_to_all_single")
-KEPT = PRODUCTS | ATTENTION | EXCHANGES
+KEPT = PRODUCTS | ATTENTION | EXCHANGES | ops.KEPT
 
 
 def apply_recompute(
@@ -67,7 +69,16 @@ def apply_recompute(
         if mode == "selective":
             contexts = partial(create_selective_checkpoint_contexts, keep_all)
             extra["context_fn"] = contexts if budget is None else partial(budget.contexts, number)
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=True, **extra)
+        layer.forward = _checkpointed(layer.forward, extra)
+
+
+def _checkpointed(inner: Callable[..., Any], extra: dict[str, Any]) -> Callable[..., Any]:
+    """A function and no partial: torch.compile passes over a module whose forward is a partial, without a word."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs)
+
+    return forward
 
 
 def hide_gathering(layers: Iterable[nn.Module]) -> None:
@@ -149,7 +160,7 @@ class _Look(_Numbered):
     def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if operation in KEPT and not context.is_recompute:
             key = self.number(context, operation)
-            self.seen.append(Result(self.layer, key, *_cost(operation, [a for a in args if isinstance(a, Tensor)])))
+            self.seen.append(Result(self.layer, key, *_cost(operation, args)))
         return CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -164,9 +175,12 @@ class _Keep(_Numbered):
         return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _cost(operation: Any, tensors: list[Tensor]) -> tuple[int, float]:
+def _cost(operation: Any, args: tuple[Any, ...]) -> tuple[int, float]:
     """(bytes of the result, FLOPs to make it again). An exchange counts as a product with a 1024-wide matrix: about
     what a card computes while it sends as many bytes over a fast link."""
+    if operation in ops.KEPT:
+        return ops.kept_cost(args)
+    tensors = [argument for argument in args if isinstance(argument, Tensor)]
     if operation in PRODUCTS:
         a, b = tensors[-2:]
         size = prod(a.shape[:-1]) * b.shape[-1] if a.dim() == b.dim() else a.shape[0] * b.shape[-1]
