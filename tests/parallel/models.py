@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.golden import golden_dir
+from trainwright.model.checkpoint import load_config
 from trainwright.model.config import (
     AttentionConfig,
     BlockConfig,
@@ -100,7 +102,20 @@ def mixtral(layers: int = 3, experts: int = 4) -> ModelConfig:
     return _model("mixtral", blocks)
 
 
-MODELS = {make.__name__: make for make in (llama, bloom, banded, glm, qwen, mixtral)}
+def odd(layers: int = 3) -> ModelConfig:
+    """Sizes that two ranks do not divide: a vocabulary of 97 with a bias on the head, three KV heads for six."""
+    attention = AttentionConfig.of(HIDDEN, 6, 3, 8, qkv_bias=True, rope=ROPE)
+    parts = {"norm": _norm(), "lm_head": HeadConfig(HIDDEN, 97, bias=True), "max_position_embeddings": 256}
+    return ModelConfig("llama", EmbeddingConfig(97, HIDDEN, padding_idx=3), (_block(attention),) * layers, **parts)  # type: ignore[arg-type]
+
+
+MODELS = {make.__name__: make for make in (llama, bloom, banded, glm, qwen, mixtral, odd)}
+
+
+def build(name: str, layers: int) -> ModelConfig:
+    """One of the above, or the tiny model `golden:FAMILY` of the golden numbers, whose layers are what they are."""
+    kind, _, family = name.partition(":")
+    return load_config(golden_dir(family), family) if kind == "golden" else MODELS[name](layers)
 
 
 @dataclass
