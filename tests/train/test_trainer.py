@@ -204,6 +204,24 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, number):
     assert trainer.step == step
 
 
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(tmp_path):
+    trainer = Trainer(small_recipe(tmp_path, "train.steps=6", data={"validation": 0.5}, evaluation={"every": 3}))
+    passes = []
+
+    def look(module, args, kwargs):
+        if not module.training and trainer.step == 3:
+            passes.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    result = trainer.run()
+    trainer.close()
+    assert (result.stopped, result.step, len(passes)) == ("SIGTERM", 3, 1)
+    assert [c.step for c in list_checkpoints(trainer.folder.checkpoints)] == [3]
+    assert [line["step"] for line in read_lines(trainer.folder.evaluations)] == [0]
+    assert train(small_recipe(tmp_path, "train.steps=6", data={"validation": 0.5}), resume=True).stopped is None
+
+
 def poisoned(tmp_path, step, *overrides, backward=False):
     """A trainer whose second layer makes a NaN for one row at one step."""
     trainer = Trainer(small_recipe(tmp_path, *overrides, checkpoint={"every": 2}))

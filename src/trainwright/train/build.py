@@ -162,9 +162,7 @@ def total_steps(recipe: TrainRecipe, rows: int, rows_per_step: int, seq_len: int
         return recipe.steps
     if recipe.epochs is not None:
         if not rows:
-            raise UserError(
-                f"train.epochs={recipe.epochs:g} of a stream, whose length is not known: use train.steps or train.tokens"
-            )
+            raise UserError(f"train.epochs={recipe.epochs:g}: a stream has no known length: use train.steps or tokens")
         return max(1, math.ceil(recipe.epochs * rows / rows_per_step))
     assert recipe.tokens is not None
     return math.ceil(recipe.tokens / (rows_per_step * seq_len))

@@ -10,7 +10,7 @@ Owns both. When to evaluate is `trainer.py`'s decision, generating `model/genera
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -29,6 +29,11 @@ from trainwright.recipe.train import EvaluationRecipe
 from trainwright.train.step import IGNORED, to_inputs
 
 QUESTIONS_AT_ONCE = 32
+Asked = Callable[[], bool]  # whether a signal asks to stop; the same answer on every rank
+
+
+class Interrupted(Exception):
+    """A signal came during an evaluation, which can be long."""
 
 
 class HeldOut:
@@ -43,8 +48,11 @@ class HeldOut:
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
 
-    def loss(self, model: torch.nn.Module, micro_batch_size: int) -> dict[str, float]:
-        """Loss of the whole split, or of `evaluation.max_batches` micro batches of each data rank."""
+    def loss(self, model: torch.nn.Module, micro_batch_size: int, asked: Asked) -> dict[str, float]:
+        """Loss of the whole split, or of `evaluation.max_batches` micro batches of each data rank.
+
+        Raises Interrupted when `asked`.
+        """
         if self.rows is None:
             return {}
         ranks = self.world.layout.data_ranks
@@ -57,10 +65,10 @@ class HeldOut:
             epochs=1.0,
         )
         with closing(loader):
-            return held_out_loss(model, islice(loader, self.recipe.max_batches), self.world)
+            return held_out_loss(model, islice(loader, self.recipe.max_batches), self.world, asked)
 
-    def answers(self, model: Transformer) -> list[Answer]:
-        """Answers to `evaluation.generate` questions, the same on every rank."""
+    def answers(self, model: Transformer, asked: Asked) -> list[Answer]:
+        """Answers to `evaluation.generate` questions, the same on every rank. Raises Interrupted when `asked`."""
         if self.rows is None or not self.recipe.generate:
             return []
         with closing(Loader(self.rows, micro_batch_size=1, shuffle=False, epochs=1.0)) as loader:
@@ -71,20 +79,27 @@ class HeldOut:
             self.tokenizer,
             stop_ids=self.stop_ids,
             max_new_tokens=self.recipe.max_new_tokens,
+            asked=asked,
         )
 
 
-def held_out_loss(model: torch.nn.Module, batches: Iterable[Batch], world: World) -> dict[str, float]:
+def held_out_loss(
+    model: torch.nn.Module, batches: Iterable[Batch], world: World, asked: Asked = lambda: False
+) -> dict[str, float]:
     """Mean loss over the supervised tokens of `batches`, which every data rank has as many of; one wait at the end."""
     total = torch.zeros(2, dtype=widest_float(world.device), device=world.device)
     training = model.training
     model.eval()
-    with torch.no_grad():
-        for batch in batches:
-            output = model(**to_inputs(batch, world.device))
-            total[0] += output.loss_sum
-            total[1] += output.num_tokens
-    model.train(training)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if asked():
+                    raise Interrupted
+                output = model(**to_inputs(batch, world.device))
+                total[0] += output.loss_sum
+                total[1] += output.num_tokens
+    finally:
+        model.train(training)
     loss_sum, tokens = world.sum(total, copies=world.layout.token_copies).tolist()
     loss = loss_sum / max(tokens, 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": int(tokens)}
@@ -141,12 +156,15 @@ def answer_questions(
     *,
     stop_ids: Sequence[int],
     max_new_tokens: int,
+    asked: Asked = lambda: False,
 ) -> list[Answer]:
     """The likeliest answers, `QUESTIONS_AT_ONCE` at a time, those of like length together."""
     order = sorted(range(len(questions)), key=lambda number: len(questions[number].prompt))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), QUESTIONS_AT_ONCE):
         numbers = order[start : start + QUESTIONS_AT_ONCE]
+        if asked():
+            raise Interrupted
         prompts = [list(questions[number].prompt) for number in numbers]
         with uncompiled():  # every length would be compiled anew, and soon none any more
             steps = list(generate(model, prompts, max_new_tokens=max_new_tokens, eos_token_ids=list(stop_ids)))

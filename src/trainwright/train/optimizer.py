@@ -14,21 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainwright.errors import UserError
+from trainwright.train.adamw8bit import AdamW8bit
+from trainwright.train.lion import Lion
 
-# Not in torch: a kept library brings them.
-EXTRA = {"adamw8bit": "pip install 'trainwright[gpu]'", "lion": "pip install 'trainwright[gpu]'"}
 # Devices whose torch has fused AdamW and SGD kernels.
 FUSED_DEVICES = ("cuda", "cpu", "xpu", "mps", "mtia")
-AVAILABLE = ("adamw", "adafactor", "muon", "sgd")
-
-
-def check_optimizer(name: str) -> None:
-    """Raises UserError for an optimizer that cannot be built, before anything heavy has begun."""
-    if name not in AVAILABLE:
-        raise UserError(
-            f"train.optimizer={name} comes with an extra library ({EXTRA.get(name, 'none known')}) and is not wired in "
-            f"yet: use one of {', '.join(AVAILABLE)}"
-        )
 
 
 class Optimizers:
@@ -105,9 +95,8 @@ def build_optimizer(
 ) -> Optimizers:
     """The optimizer `name` over what `model` trains; weight decay on matrices, never on norms and biases.
 
-    `fused=None` takes the fused kernel where the device has one. Raises UserError for a name that is not built yet.
+    `fused=None` takes the fused kernel where the device has one.
     """
-    check_optimizer(name)
     trained = {key: tensor for key, tensor in model.named_parameters() if tensor.requires_grad}
     if not trained:
         raise UserError("nothing is trained: model.frozen holds every parameter; free some, or add an adapter")
@@ -121,6 +110,10 @@ def build_optimizer(
         parts = [torch.optim.SGD(_groups(trained, weight_decay), lr=0.0, fused=fused)]
     elif name == "adafactor":
         parts = [torch.optim.Adafactor(_groups(trained, weight_decay), lr=0.0)]
+    elif name == "adamw8bit":
+        parts = [AdamW8bit(_groups(trained, weight_decay), betas=betas, eps=eps)]
+    elif name == "lion":
+        parts = [Lion(_groups(trained, weight_decay), betas=betas)]
     else:
         parts = _muon(trained, betas[0], weight_decay, adamw)
     return Optimizers(parts, {tensor: key for key, tensor in trained.items()})

@@ -34,6 +34,11 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.received is not None
 
+    @property
+    def name(self) -> str:
+        """What ended the run, in words."""
+        return self.received.name if self.received is not None else "a signal to another rank"
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt

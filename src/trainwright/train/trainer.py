@@ -35,11 +35,11 @@ from trainwright.train.build import (
     total_steps,
 )
 from trainwright.train.checkpoint import Checkpoint, Checkpoints, SaveError
-from trainwright.train.evaluate import HeldOut
+from trainwright.train.evaluate import HeldOut, Interrupted
 from trainwright.train.export import export_model, stop_ids
 from trainwright.train.journal import Journal
 from trainwright.train.nonfinite import NonFinite, account, find_nonfinite
-from trainwright.train.optimizer import build_optimizer, check_optimizer
+from trainwright.train.optimizer import build_optimizer
 from trainwright.train.report import write_report
 from trainwright.train.run import RunResult, check_folder
 from trainwright.train.signals import StopRequest
@@ -73,7 +73,6 @@ class Trainer:
         self.recipe = recipe
         resume = settings.resume if resume is None else resume
         self.folder = check_folder(recipe, resume is not False)
-        check_optimizer(settings.optimizer)
         check_tracker(recipe.tracking.tracker)
         self.sources = adapt(find_sources(recipe.model, recipe.data.seq_len), recipe)
         self.tokenizer = self.sources.tokenizer
@@ -150,13 +149,12 @@ class Trainer:
         self._greet()
         with StopRequest() as stop:
             if self.step == 0:
-                self._evaluate("before")
-            stopped = self._fit(stop)
-        if stopped:
+                self._evaluate(stop, "before")
+            ended = self._fit(stop) and self._evaluate(stop, "after")
+        if not ended:
             again = f"trainwright train {self.folder.path} --resume"
-            self.journal.say(f"stopped by {stopped} after step {self.step}; resume with: {again}")
-            return self._result(stopped=stopped)
-        self._evaluate("after")
+            self.journal.say(f"stopped by {stop.name} after step {self.step}; resume with: {again}")
+            return self._result(stopped=stop.name)
         self.watch.beat(self.step, "exporting")
         model = export_model(
             self.model,
@@ -171,22 +169,23 @@ class Trainer:
         self.journal.say(f"done: {model} is the model, {report} the report")
         return self._result(model=model, report=report)
 
-    def _fit(self, stop: StopRequest) -> str | None:
-        """Steps until the run's end; returns the signal's name when one ended it."""
+    def _fit(self, stop: StopRequest) -> bool:
+        """Steps until the run's end; False when a signal ended it, and then the last step is saved."""
         with _quiet_garbage():
             self.clock = time.perf_counter()
             while self.step < self.total_steps:
                 batches = list(islice(self.loader, self.loader.accumulation))
-                if self._one_step(batches, bool(stop)):
+                asked = self._one_step(batches, bool(stop))
+                if not asked and self._due(self.recipe.evaluation.every):
+                    asked = not self._evaluate(stop)
+                if asked:
                     self._save()
-                    return stop.received.name if stop.received else "a signal to another rank"
-                if self._due(self.recipe.evaluation.every):
-                    self._evaluate()
+                    return False
                 if self._due(self.recipe.checkpoint.every) or self.step == self.total_steps:
                     self._save(may_fail=True)
                 if self._due(GARBAGE_STEPS):
                     gc.collect(1)
-        return None
+        return True
 
     def _one_step(self, batches: list[Batch], stop_asked: bool) -> bool:
         """One optimizer step and its line; returns whether some rank was asked to stop."""
@@ -248,16 +247,25 @@ class Trainer:
             line["skipped"] = True
         self.journal.step(line)
 
-    def _evaluate(self, when: str | None = None) -> None:
-        """The held-out loss; `before` and `after` training also answers to its questions."""
-        self.watch.beat(self.step, "evaluating")
-        figures: dict[str, Any] = self.held_out.loss(self.passes, self.loader.micro_batch_size)
-        if figures:
-            self.journal.evaluation({"step": self.step, **figures})
-        if when is not None:
-            answers = self.held_out.answers(self.passes)
-            self.journal.answers(when, {"step": self.step, **figures}, answers)
-        self.clock = time.perf_counter()
+    def _evaluate(self, stop: StopRequest, when: str | None = None) -> bool:
+        """The held-out loss; `before` and `after` training also answers. False: a signal cut it short."""
+
+        def asked() -> bool:
+            self.watch.beat(self.step, "evaluating")
+            return any(self.world.gather(bool(stop)))
+
+        try:
+            figures: dict[str, Any] = self.held_out.loss(self.passes, self.loader.micro_batch_size, asked)
+            if figures:
+                self.journal.evaluation({"step": self.step, **figures})
+            if when is not None:
+                answers = self.held_out.answers(self.passes, asked)
+                self.journal.answers(when, {"step": self.step, **figures}, answers)
+        except Interrupted:
+            return False
+        finally:
+            self.clock = time.perf_counter()
+        return True
 
     # ---- checkpoints ----
 
