@@ -98,8 +98,6 @@ def join_world(recipe: ParallelRecipe) -> World:
     device = default_device(int(os.environ.get("LOCAL_RANK", 0)))
     if size == 1:
         return World(rank, layout, device)
-    # A whole tensor of two cuts of one dim takes two gathers, which torch calls suboptimal at every save.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if not dist.is_initialized():
         backend = None if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
         dist.init_process_group(
@@ -115,6 +113,8 @@ def build_meshes(layout: Layout, device_type: str) -> dict[str, DeviceMesh]:
 
     The process group must exist. Axes of the same ranks share one group: each group costs buffers on the device.
     """
+    # A whole tensor of two cuts of one dim takes two gathers, which torch calls suboptimal at every save.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     shard = 1 if layout.zero == 0 else layout.dp_shard * layout.cp
     replicate = layout.data_ranks * layout.cp // shard
     world = init_device_mesh(device_type, (layout.world_size,), mesh_dim_names=("world",))
