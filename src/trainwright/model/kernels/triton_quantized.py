@@ -81,7 +81,8 @@ def _fp8_rows_kernel(x, factor, codes, scale, columns, LIMIT: tl.constexpr, SCAL
         if SCALED:
             values *= tl.load(factor + begin + column, mask=inside, other=0.0)
         highest = tl.maximum(highest, tl.abs(values))
-    unit = tl.maximum(tl.max(highest, 0) / LIMIT, 1e-38)
+    # 1e-38 is below float32's normal numbers, so Triton would take it, and all that follows, for float64.
+    unit = tl.maximum(tl.max(highest, 0) / LIMIT, tl.full([], 1e-38, tl.float32))
     tl.store(scale + row, unit)
     for begin in range(0, columns, WIDTH):
         inside = begin + column < columns
