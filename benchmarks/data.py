@@ -7,7 +7,8 @@ Peers: `datasets.map` (batched, a process a core) and then TRL's `pack_dataset`;
 (which does not pack). All read the same JSONL with the same tokenizer: the Python sources of the running interpreter
 as documents, and a byte-level BPE of 32,000 tokens trained on them. Each contender runs alone, in processes of its
 own; the clock is outside, and includes starting them. Memory is the highest sum, over all processes of a contender, of
-proportional set sizes (pages that processes share count once), sampled every 20 ms.
+proportional set sizes (pages that processes share count once), sampled every 20 ms. CPU seconds are of all its
+processes and say what the clock cannot on a machine that does other work too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -186,9 +188,9 @@ def write_tokenizer(folder: Path, corpus: Path) -> None:
 
 
 def measure(name: str, python: str, arguments: list[str]) -> dict[str, float] | None:
-    """Seconds, peak bytes and the contender's own figures; None when it is not installed."""
+    """Seconds, seconds of CPU, peak bytes and the contender's own figures; None when it is not installed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    started = time.perf_counter()
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(
         [python, __file__, "--contender", name, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
@@ -199,11 +201,13 @@ def measure(name: str, python: str, arguments: list[str]) -> dict[str, float] | 
         time.sleep(0.02)
     seconds = time.perf_counter() - started
     said, errors = process.communicate()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     if process.returncode:
         missing = "ModuleNotFoundError" in errors or "No such file" in errors
         print(f"{name}: {'absent' if missing else 'failed'}: {errors.strip().splitlines()[-1]}")
         return None
-    return {"seconds": seconds, "peak": peak, **json.loads(said.strip().splitlines()[-1])}
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, **json.loads(said.strip().splitlines()[-1])}
 
 
 def tree_bytes(root: int) -> int:
@@ -251,8 +255,8 @@ def run(work: Path, options: argparse.Namespace) -> None:
         write_chats(chats, texts, options.megabytes * 10**6 // 2)
         write_tokenizer(tokenizer, texts)
     print(f"{options.cores} cores, rows of {SEQ_LEN}, median of {options.repeats}")
-    print("| task | contender | seconds | MB/s | peak MB | tokens |")
-    print("|---|---|---|---|---|---|")
+    print("| task | contender | seconds | MB/s | CPU seconds | peak MB | tokens |")
+    print("|---|---|---|---|---|---|---|")
     for task, data in (("pretrain", texts), ("sft", chats)):
         contenders = ["trainwright", "datasets+trl"]
         if task == "pretrain" and options.megatron:
@@ -273,11 +277,11 @@ def run(work: Path, options: argparse.Namespace) -> None:
             middle = sorted(all_figures, key=lambda each: each["seconds"])[len(all_figures) // 2]
             print(
                 f"| {task} | {name} | {middle['seconds']:.1f} | {size / middle['seconds']:.2f} | "
-                f"{middle['peak'] / 1e6:.0f} | {middle['tokens']:.0f} |"
+                f"{middle['cpu']:.1f} | {middle['peak'] / 1e6:.0f} | {middle['tokens']:.0f} |"
             )
         words = [str(data), str(tokenizer), str(work / "rows"), task, "--cores", str(options.cores)]
         if (figures := measure("loader", sys.executable, words)) is not None:
-            print(f"| {task} | loader | | | | {figures['tokens_per_second'] / 1e6:.1f} M tokens/s |")
+            print(f"| {task} | loader | | | | | {figures['tokens_per_second'] / 1e6:.1f} M tokens/s |")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Every format, by a row as people have them; and what is said of rows that are wrong."""
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from trainwright.data.formats import BadRow, detect, to_sample
+from trainwright.data.formats import FORMATS, BadRow, detect, to_sample
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -141,3 +144,23 @@ def test_equal_content_is_equal_and_other_content_is_not() -> None:
     one, other = read({"messages": CHAT}), read({"conversations": CHAT})
     assert one.content() == other.content()
     assert read({"prompt": "a", "completion": "bc"}).content() != read({"prompt": "ab", "completion": "c"}).content()
+
+
+KEYS = ["messages", "conversations", "instruction", "input", "output", "history", "system", "tools", "prompt",
+        "completion", "text", "role", "content", "from", "value", "tool_calls", "function", "arguments"]  # fmt: skip
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["user", "assistant", "text", "{", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300)
+@given(anything, st.sampled_from(sorted(FORMATS)))
+def test_whatever_json_says_is_a_sample_or_a_bad_row(row: object, form: str) -> None:
+    with contextlib.suppress(BadRow):
+        sample = to_sample(row, form, {})
+        assert sample.characters >= 0
+        assert isinstance(sample.content(), str)
+        for message in sample.messages or ():
+            assert isinstance(message["content"], str)

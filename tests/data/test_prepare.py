@@ -383,6 +383,24 @@ def test_what_is_not_there_or_not_data_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(
+    tmp_path: Path, make: Callable[..., Recipe], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [CHAT])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"prepared data go to .*file, data.cache chooses another place"):
+        prepare(make(path=path, cache=str(tmp_path / "file")), tokenizer)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(arrange.RowWriter, "add", full)
+    with pytest.raises(UserError, match="No space left on device; prepared data go to"):
+        prepare(make(path=path), tokenizer)
+    monkeypatch.undo()
+    assert texts(prepare(make(path=path), tokenizer).train, tokenizer) == ["HiHello"]  # nothing half is believed
+
+
 # ---- the doctor ----
 
 

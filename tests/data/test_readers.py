@@ -1,5 +1,6 @@
 """Files in every kind and packing, in parts: each row once, whatever the cut; and one line for each thing wrong."""
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainwright.data.readers import DataFile, RowReader, look, places, size
@@ -118,7 +119,8 @@ def test_a_file_can_be_one_document(tmp_path: Path) -> None:
     [
         (b'{"text": "half', "broken JSON: Unterminated string starting at column 10"),
         (b'{"text": "\xff"}', "not UTF-8: byte 0xff at column 11"),
-        (b"[" * 100_000, "JSON nested too deep"),
+        (b"[" * 100_000, "broken JSON: maximum recursion depth exceeded"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "broken JSON: Exceeds the limit"),
         (b'{"text": "' + b"x" * LIMIT + b'"}', "longer than 1048576 bytes: split it, or raise data.max_line_bytes"),
     ],
 )
@@ -159,6 +161,8 @@ def test_memory_stays_small_however_long_a_line_is(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"}, {"text": ]', "row 2: broken JSON"),
         ("a.json", b'[{"text": "a"}, ', "row 2: broken JSON"),
         ("a.json", b'[{"text": "\xff"}]', "row 1: not UTF-8"),
+        ("a.json", b"[" * 100_000, "row 1: broken JSON: maximum recursion"),
+        ("a.json", b"[" + b"1" * 5000 + b"]", "row 1: broken JSON: Exceeds the limit"),
         ("a.json", b'[{"text": "' + b"x" * (3 << 20), "row 1: broken JSON, or longer than 1048576 bytes"),
         ("a.jsonl.gz", b"not gzip", "breaks off or is no gz file"),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 100)[:-9], "breaks off or is no gz file"),
@@ -186,3 +190,20 @@ def test_other_files_are_not_data(tmp_path: Path) -> None:
     for name in ("notes.md", "weights.safetensors", "archive.tar.gz", "noname"):
         (tmp_path / name).write_text("x")
         assert look(tmp_path / name) is None
+
+
+@settings(max_examples=150)
+@given(
+    st.binary(max_size=300) | st.text(alphabet='[]{}",:0.e- \n\\uab', max_size=60).map(str.encode),
+    st.sampled_from(NAMES),
+)
+def test_whatever_a_file_holds_is_rows_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
+) -> None:
+    path = tmp_path_factory.mktemp("data") / name
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        file = look(path)
+        assert file is not None
+        for row in RowReader(file, 100).read(0, size(file, 100)):
+            assert row.bad or row.row is not None or file.kind in ("lines", "array")

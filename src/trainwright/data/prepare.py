@@ -53,8 +53,20 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, *, vocab_size: int | None = No
         progress: shows a progress bar, and what became of the data.
 
     Raises:
-        UserError: the data cannot be read, hold nothing to train on, or the doctor refuses them.
+        UserError: the data cannot be read, hold nothing to train on, or the doctor refuses them; or the cache cannot
+            be written.
     """
+    try:
+        return _prepare(recipe, tokenizer, vocab_size, progress)
+    except OSError as error:
+        cache = cache_folder(recipe.data.cache)
+        raise UserError(
+            f"{error.filename or cache}: {error.strerror or error}; prepared data go to {cache}, "
+            "data.cache chooses another place"
+        ) from error
+
+
+def _prepare(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int | None, progress: bool) -> Prepared:
     data = recipe.data
     shown = Progress(progress)
     limits = (data.filter.min_tokens, data.filter.max_tokens)

@@ -152,8 +152,8 @@ class RowReader:
             return Located(at, None, f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
         except json.JSONDecodeError as error:
             return Located(at, None, f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
-        except RecursionError:
-            return Located(at, None, "JSON nested too deep")
+        except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+            return Located(at, None, f"broken JSON: {str(error).partition(' while')[0].partition(';')[0]}")
 
     def _paragraphs(self, start: int, stop: int) -> Iterator[Located]:
         """Runs of lines between blank lines; a run belongs to the part that holds the blank line before it."""
@@ -255,6 +255,8 @@ def _array_items(file: DataFile, longest: int) -> Iterator[Located]:
                 if more():
                     continue
                 raise UserError(f"{file.path} row {row + 1}: broken JSON: {error.msg}") from None
+            except (RecursionError, ValueError) as error:
+                raise UserError(f"{file.path} row {row + 1}: broken JSON: {error}") from None
             yield Located(row, item)
             begin, row = end, row + 1
 

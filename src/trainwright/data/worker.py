@@ -174,7 +174,7 @@ def main(folder: Path, shared: bool) -> None:
                 if mine and not part.done(folder):
                     tokenizing.run(part, folder, lambda share: say(share=share))
             say(done=True)
-    except UserError as error:
+    except (UserError, OSError) as error:
         say(error=str(error))
     except KeyboardInterrupt:
         pass
