@@ -28,7 +28,7 @@ from trainwright.model.folder import resolve
 from trainwright.model.transformer import Transformer, check_learned_positions
 from trainwright.parallel.apply import DTYPES, Spread, parallelize
 from trainwright.parallel.layout import Layout
-from trainwright.parallel.mesh import World
+from trainwright.parallel.mesh import World, in_host_memory
 from trainwright.planner.hardware import peak_flops
 from trainwright.recipe.model import ModelRecipe
 from trainwright.recipe.schema import Recipe
@@ -123,7 +123,7 @@ def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transfo
         compile_layers=world.device.type != "cpu" if settings.compile == "auto" else settings.compile,
         seq_len=recipe.data.seq_len,
     )
-    model.to_empty(device=world.device)
+    model.to_empty(device="cpu" if in_host_memory(recipe.parallel) else world.device)
     model.tie_weights()
     model.reset_buffers(world.device)
     if sources.folder is not None:

@@ -49,6 +49,8 @@ class Optimizers:
 
         Where `guards_itself`, `bad` = 1 leaves weights and states untouched. Elsewhere the caller has looked already.
         """
+        home = self.parameters[0].device  # host memory, with parallel.offload
+        coefficient, bad = coefficient.to(home), bad.to(home)
         if self.guards_itself:
             for part in self.parts:
                 # What torch.amp.GradScaler hands to fused optimizers: gradients are divided by the first.
