@@ -79,7 +79,12 @@ def document_starts(document_ids_BT: Tensor) -> Tensor:
 
 
 def document_positions(document_ids_BT: Tensor) -> Tensor:
-    """[B, T] int64: index inside the document."""
+    """[B, T] int64: index inside the document, 0 in padding (so that padding makes no row look longer than it is)."""
+    return document_index(document_ids_BT).masked_fill(document_ids_BT < 0, 0)
+
+
+def document_index(document_ids_BT: Tensor) -> Tensor:
+    """[B, T] int64: how many positions of the same document, or of the same padding, come before."""
     index_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
     first_BT = torch.where(document_starts(document_ids_BT), index_T, 0).cummax(1).values
     return index_T - first_BT
@@ -103,7 +108,7 @@ def prompt_parts(input_ids_BT: Tensor, config: PrefixConfig, document_ids_BT: Te
     """
     T = input_ids_BT.shape[1]
     ids_BT = document_ids_BT if document_ids_BT is not None else torch.zeros_like(input_ids_BT)
-    index_BT = document_positions(ids_BT)
+    index_BT = document_index(ids_BT)
     segment_BT = document_starts(ids_BT).long().cumsum(1) - 1
 
     def first(token: int | None) -> Tensor:
