@@ -11,7 +11,6 @@ last, so that a layer is gathered once for its forward and once for its backward
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.expert import apply_experts
 from trainwright.parallel.layout import check_model, kv_heads_of_rank
-from trainwright.parallel.mesh import World
+from trainwright.parallel.mesh import World, in_host_memory
 from trainwright.parallel.offload import apply_offload
 from trainwright.parallel.pipeline import Cut, Pipeline, cut_model, measure_costs
 from trainwright.parallel.recompute import apply_recompute, hide_gathering
@@ -35,18 +34,16 @@ from trainwright.recipe.parallel import ParallelRecipe
 
 Precision = Literal["bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Compute = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Spread:
     """What became of a model.
 
-    compute: what each forward pass has to run inside of. pipeline: what runs the passes instead of the model where
-    layers are in stages. rows: how context parallelism shares a row.
+    pipeline: what runs the passes instead of the model where layers are in stages. rows: how context parallelism shares
+    a row.
     """
 
-    compute: Compute
     pipeline: Pipeline | None = None
     rows: RowSplit | None = None
 
@@ -69,7 +66,7 @@ def parallelize(
     """Changes `model`, which may still be on the meta device, in place; its weights' dtype stays as it is.
 
     Raises UserError where this model cannot be spread like this. With several processes FSDP casts weights to the
-    compute type as it gathers them and reduces gradients in float32; one process computes under autocast.
+    compute type as it gathers them and reduces gradients in float32; in one process the model's parts cast their own.
     """
     layout, config = world.layout, model.config
     check_model(layout, config, seq_len, kv_replication=recipe.kv_replication)
@@ -94,14 +91,13 @@ def parallelize(
                 layer.forward = torch.compile(layer.forward)
         if recipe.offload in ("activations", "all"):
             apply_offload(layers, world.device)
-        if world.size > 1:
+        if world.meshes:
             cast = None if precision == "fp32" else DTYPES[precision]
-            apply_fsdp(stage, world, cast, offload=recipe.offload == "all", keep_gathered=cut is not None)
+            apply_fsdp(stage, world, cast, offload=in_host_memory(recipe), keep_gathered=cut is not None)
             if recipe.recompute == "selective":
                 hide_gathering(layers)
-    compute = _compute(world, precision)
     if cut is None or pp is None:
-        return Spread(compute, rows=rows)
+        return Spread(rows=rows)
     shape = _stream_shape(rows, layout.cp)
     pipeline = Pipeline(
         model,
@@ -113,7 +109,7 @@ def parallelize(
         stream_shape=shape,
         split_backward=recipe.recompute == "none" and not compile_layers,
     )
-    return Spread(compute, pipeline, rows)
+    return Spread(pipeline, rows)
 
 
 def _cut(
@@ -129,12 +125,6 @@ def _cut(
     counts = wish if isinstance(wish, list) else None
     options: dict[str, Any] = {"schedule": recipe.pp_schedule, "per_rank": recipe.pp_stages, "counts": counts}
     return Cut.of(costs, rank=pp.get_local_rank(), pp=pp.size(), **options)
-
-
-def _compute(world: World, precision: Precision) -> Compute:
-    if world.size > 1 or precision == "fp32":
-        return nullcontext
-    return lambda: torch.autocast(world.device.type, DTYPES[precision])
 
 
 def _stream_shape(rows: RowSplit | None, cp: int) -> Callable[[int, int], tuple[int, int]]:

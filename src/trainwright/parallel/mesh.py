@@ -87,8 +87,9 @@ class World:
         return next((found for found in self.gather(error) if found is not None), None)
 
     def barrier(self) -> None:
+        """On the CPU's own backend: it neither waits for the device nor holds it up."""
         if self.size > 1:
-            dist.barrier()
+            dist.all_reduce(torch.zeros(1))
 
 
 def join_world(recipe: ParallelRecipe) -> World:
@@ -96,15 +97,14 @@ def join_world(recipe: ParallelRecipe) -> World:
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     layout = Layout.of(recipe, size)
     device = default_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if size == 1:
+    if size == 1 and not in_host_memory(recipe):
         return World(rank, layout, device)
     if not dist.is_initialized():
-        backend = None if device.type == "cpu" else f"cpu:gloo,{dist.get_default_backend_for_device(device)}"
-        dist.init_process_group(
-            backend or "gloo",
-            timeout=timedelta(minutes=recipe.timeout_minutes),
-            device_id=None if device.type == "cpu" else device,
+        default = (
+            "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         )
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        dist.init_process_group(default, timeout=timedelta(minutes=recipe.timeout_minutes), **alone)
     return World(rank, layout, device, build_meshes(layout, device.type))
 
 
@@ -142,6 +142,11 @@ def _expert_meshes(base: DeviceMesh, ep: int, cut: str) -> dict[str, DeviceMesh]
     fsdp = experts[outer, inner] if experts[outer].size() > 1 else experts[inner]
     both = experts["ep", "tp"] if experts["tp"].size() > 1 else experts["ep"]
     return {"ep": experts["ep"], "ep_tp": both, "expert_shard": experts[inner], "expert_fsdp": fsdp}
+
+
+def in_host_memory(recipe: ParallelRecipe) -> bool:
+    """Whether masters, gradients and optimizer states live in host memory; FSDP moves them, also for one process."""
+    return recipe.offload in ("optimizer", "all")
 
 
 def leave_world() -> None:

@@ -6,6 +6,8 @@ gathers itself. No rank ever holds more than the weight that was asked for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -51,4 +53,7 @@ class WholeWeights:
         if last == "weight" and path in self.given:
             return self.given[path]()
         tensor = self.held[name].detach()
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not isinstance(tensor, DTensor):
+            return tensor
+        near: Any = tensor.to(self.world.device)  # masters may be in host memory
+        return near.full_tensor()

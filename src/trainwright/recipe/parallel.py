@@ -28,6 +28,8 @@ class ParallelRecipe(Section):
     recompute_memory: float | None = Field(
         None, ge=0, description="selective: GiB that kept results of a rank may take; empty keeps all dear ones"
     )
-    offload: Literal["none", "optimizer", "activations", "all"] = Field("none", description="what waits in host memory")
+    offload: Literal["none", "optimizer", "activations", "all"] = Field(
+        "none", description="what waits in host memory; optimizer: masters and gradients too, and the update runs there"
+    )
     kv_replication: bool = Field(True, description="copy KV heads when tp does not divide them; false refuses")
     timeout_minutes: float = Field(10.0, gt=0, description="a collective that hangs longer ends the run")
