@@ -122,8 +122,9 @@ def optimizer_bytes(job: Job, item: Parameter, shape: Shape) -> int:
     matrix, count = len(shape) >= 2, math.prod(shape)
     if name == "adamw":
         return 2 * moment * count + 4
-    if name == "adamw8bit":  # 8-bit moments and a float32 scale for each 256; tensors below 4096 stay float32
-        return 2 * count + 2 * 4 * -(-count // 256) if count >= 4096 else 8 * count
+    if name == "adamw8bit":  # 8-bit moments and a float32 scale for 256 of a row; tensors below 4096 stay float32
+        blocks = count // shape[-1] * -(-shape[-1] // 256)
+        return 2 * count + 2 * 4 * blocks + 4 if math.prod(item.shape) >= 4096 else 8 * count + 4
     if name == "adafactor":  # one number a row and one a column (Shazeer & Stern 2018)
         return moment * (count // shape[-1] + count // shape[-2] if matrix else count) + 4
     if name == "muon" and not (len(item.shape) == 2 and item.layer is not None):
