@@ -55,7 +55,7 @@ def local_masks() -> Any:
 
 def _first_masks(self: Any, mask: Any, slopes: Any, q: Tensor, backend: Any) -> list[Any]:
     count = 2 * self.split.ring
-    return [sequence._chunk_mask(mask, index, count, q.device) for index in (0, 1)]
+    return [sequence._chunk_mask(mask, index, count, q.shape[0], q.device) for index in (0, 1)]
 
 
 def first_slopes() -> Any:

@@ -21,6 +21,7 @@ class Visibility:
 
     `document_ids_BT`: equal ids see each other. `prefix_BT`: true where a key is in its document's prompt (GLM).
     `cu_seqlens`: offsets of the documents in the flattened batch, int32, for variable-length kernels.
+    `query_cu_seqlens`: those of each document's queries in the flattened queries, where these are a part of the keys.
     """
 
     num_queries: int
@@ -29,6 +30,7 @@ class Visibility:
     prefix_BT: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
+    query_cu_seqlens: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,8 @@ class Rows:
         found = self._masks.get(id(mask))
         if found is None or found[0] is not mask:
             device, dtype = q.device, q.dtype
-            made = [
-                _chunk_mask(mask, chunk, 2 * self.split.ring, device) for chunk in self.split.chunks(self.ring_index)
-            ]
+            chunks = self.split.chunks(self.ring_index)
+            made = [_chunk_mask(mask, chunk, 2 * self.split.ring, q.shape[0], device) for chunk in chunks]
             for index, one in enumerate(made):
                 chosen = kernel.choose(one, device=device, dtype=dtype, alibi=slopes_N is not None, wanted=backend)
                 made[index] = kernel.prepare(one, chosen, device=device, dtype=dtype, slopes_N=slopes_N)
@@ -73,7 +72,7 @@ class Rows:
         return found[1]
 
 
-def _chunk_mask(mask: AttentionMask, chunk: int, chunks: int, device: torch.device) -> AttentionMask:
+def _chunk_mask(mask: AttentionMask, chunk: int, chunks: int, rows: int, device: torch.device) -> AttentionMask:
     """The mask of one chunk of a row's queries. Causal: over the keys up to its end. Prefix: over all keys, dense."""
     seen = mask.seen
     if chunks == 2:  # a ring of one: whole rows
@@ -86,7 +85,25 @@ def _chunk_mask(mask: AttentionMask, chunk: int, chunks: int, device: torch.devi
         return AttentionMask(replace(seen, num_queries=size, cu_seqlens=None), mask.window, allowed)
     ids = None if seen.document_ids_BT is None else seen.document_ids_BT[:, :end]
     window = mask.window if mask.window is not None and mask.window < end else None
-    return AttentionMask(Visibility(size, end, ids), window)
+    part = Visibility(size, end, ids)
+    if device.type != "cpu":
+        keys, queries = offsets(part, rows, device)
+        part = replace(part, cu_seqlens=keys, query_cu_seqlens=queries)
+    return AttentionMask(part, window)
+
+
+def offsets(part: Visibility, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each document's keys and its queries begin, for queries that are the last of the keys of `rows` rows.
+
+    A document that has ended before them has keys and no query.
+    """
+    if part.document_ids_BT is not None:
+        keys = masks.document_offsets(part.document_ids_BT)
+    else:
+        keys = torch.arange(0, (rows + 1) * part.num_keys, part.num_keys, dtype=torch.int32, device=device)
+    begin, end = keys[:-1] % part.num_keys, (keys[1:] - 1) % part.num_keys + 1
+    count = (end - begin.clamp(min=part.num_keys - part.num_queries)).clamp(min=0)
+    return keys, F.pad(count.cumsum(0), (1, 0)).int()
 
 
 class SplitCore(nn.Module):

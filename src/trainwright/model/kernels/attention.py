@@ -43,6 +43,8 @@ def choose(mask: AttentionMask, *, device: torch.device, dtype: torch.dtype, ali
         return "eager" if wanted == "eager" else "sdpa"
     if wanted == "sdpa":
         return "sdpa"
+    if mask.seen.query_cu_seqlens is not None and not alibi:
+        return "varlen"
     if mask.causal_only and not alibi:
         return "flash" if wanted == "flash" else "cudnn"
     whole = mask.seen.num_queries == mask.seen.num_keys
@@ -144,7 +146,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, s
 
 def _varlen(q_BSND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     B, S = q_BSND.shape[:2]
-    offsets, longest = mask.seen.cu_seqlens, mask.seen.max_seqlen or S
+    offsets, longest = mask.seen.cu_seqlens, mask.seen.max_seqlen or k_BTKD.shape[1]
     if offsets is None and mask.seen.document_ids_BT is not None:
         offsets = document_offsets(mask.seen.document_ids_BT)
     if offsets is None:  # a window over whole rows
@@ -154,7 +156,10 @@ def _varlen(q_BSND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: AttentionMask,
     rule: dict[str, Any] = {"scale": scale, "window_size": (left, 0)}
     if _VARLEN_NAMES_GQA:
         rule["enable_gqa"] = q.shape[1] != k.shape[1]
-    out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, **rule)
+    of_queries = mask.seen.query_cu_seqlens
+    of_queries = offsets if of_queries is None else of_queries
+    # A document's last query is its last key's: these kernels align a causal mask there.
+    out: Any = varlen_attn(q, k, v, of_queries, offsets, min(longest, S), longest, **rule)
     return out.unflatten(0, (B, S))
 
 
