@@ -65,7 +65,8 @@ def layer_activations(job: Job, layer: int) -> LayerActivations:
     attention = found.total - before
     mlp_work = _mlp(job, block, f"{path}.mlp", found)
     mlp = found.total - before - attention
-    found.work = stream * job.program.stream_work + max(attention_work, mlp_work)
+    # When attention runs backward, what the MLP kept is gone.
+    found.work = stream * job.program.stream_work + max(attention_work - mlp, mlp_work)
     found.forward_work = before - found.entry + max(attention, mlp)
     return found
 
@@ -150,7 +151,8 @@ def _experts(job: Job, part: MoeConfig, path: str, found: LayerActivations) -> i
     found.add("experts", 3 * rows * hidden * compute + inner * _inner(job, part.experts))
     matrices = 2 if part.experts.gate_proj else 1
     found.results += (matrices * inner + rows * hidden) * compute
-    return inner * job.program.inner_work + 2 * rows * hidden * compute
+    # When the activation runs backward, both forms of the rows that came out are gone, and their gradient is there.
+    return inner * job.program.inner_work - rows * hidden * compute
 
 
 def _adapter(job: Job, linear: LinearConfig, tokens: int, found: LayerActivations) -> None:

@@ -206,7 +206,7 @@ class _Walk:
         """Layer by layer from the last: kept tensors go, gradients come (from the second micro batch on they are there
         already), and the running layer has its gradients and what it computes again."""
         own = {group.layer: sum_states(self.job, group.parameters).gradients for group in self.groups}
-        waiting, after_loss = everything, self._loss_kept() if self.stage.head else 0
+        waiting = everything
         come = sum_states(self.job, self.outer).gradients if self.stage.head else 0
         best: Moment | None = None
         for layer in sorted(self.stage.layers, reverse=True):
@@ -215,13 +215,13 @@ class _Walk:
             running = activations.work + max(0, activations.total - held[kind])
             parts = standing | {
                 "activations": waiting,
-                "a layer's backward pass": running + after_loss,
+                "a layer's backward pass": running,
                 "gradients": standing.get("gradients", 0) if again else come,
                 "reduction buffers": self._reducing(),
             }
             here = Moment("backward", {name: size for name, size in parts.items() if size})
             best = here if best is None or here.total > best.total else best
-            waiting, after_loss, come = waiting - held[kind], 0, come + own[kind]
+            waiting, come = waiting - held[kind], come + own[kind]
         return best or Moment("backward", standing)
 
     def _held(self, layer: int) -> int:
@@ -236,14 +236,13 @@ class _Walk:
         return min(held, activations.entry + int(share))
 
     def _outer_kept(self) -> int:
-        """Token ids, labels, positions, rotary tables, and the stream before the head."""
+        """Token ids, labels, positions, rotary tables."""
         job = self.job
         rows = job.micro_batch * job.seq_len // job.layout.cp
         rope = next((block.self_attn.rope for block in job.config.layers[:1] if block.self_attn.rope), None)
         tables = rows * rope.rotary_dim * rope.channels * 4 if rope else 0
         ids = rows * (8 + 8 + 8 + 4)
-        stream = job.stream_tokens * job.config.hidden_size * self.program.stream if self.stage.head else 0
-        return tables + ids + stream
+        return tables + ids
 
     def _head_elements(self) -> int:
         head = self.job.config.lm_head
@@ -266,8 +265,9 @@ class _Walk:
         return parts
 
     def _loss_kept(self) -> int:
-        """The gradient of the stream that the loss hands to the last layer, and its norm's."""
-        return 2 * self.job.tokens * self.job.config.lm_head.in_features * self.program.compute
+        """The stream as the last norm keeps it, that norm's output, and its gradient that the loss makes."""
+        stream = self.job.stream_tokens * self.job.config.hidden_size * self.program.stream
+        return stream + 2 * self.job.tokens * self.job.config.lm_head.in_features * self.program.compute
 
     def _optimizer(self) -> Moment:
         parts = self._base(gradients=True)

@@ -79,7 +79,7 @@ class Program:
     # ---- what lives for a moment
     inner_work: int = 4
     """Gradients in a layer's backward pass, an element of the MLP's inner width."""
-    stream_work: int = 8
+    stream_work: int = 2
     """The same of the stream."""
     scores_work: int = 0
     """Scores and their gradients while one layer's attention runs backward; 0 for flash."""
@@ -174,7 +174,11 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         inner=(2 if compiled else 3) * compute,
         plain_inner=2 * compute,
         inner_work=2 * compute,
-        stream_work=4 * compute,
+        stream_work=compute,
+        # One chunk in float32 twice, and its gradient in the compute type. The head's gradient in float32, and the
+        # product that is added to it (on a CPU first in the compute type); in float32 it is added in place.
+        logits=8 if compute == 4 else 10,
+        head_work=4 if compute == 4 else (10 if cpu else 8),
         attention="cudnn" if recipe.model.attention in ("auto", "cudnn") else "flash",
         loss_chunk=train.loss_chunk,
         # Compiled layers fuse norms, rotation, activation and residuals into a few passes (`benchmarks/floor.py`).
