@@ -50,24 +50,27 @@ def local_positions() -> Any:
 
 def local_masks() -> Any:
     """A ring rank's chunks see keys as if they began the row."""
-    return replaced(sequence.Rows, "own_masks", _first_masks)
+    return replaced(sequence, "_chunk_mask", _first_chunk)
 
 
-def _first_masks(self: Any, mask: Any, slopes: Any, q: Tensor, backend: Any) -> list[Any]:
-    count = 2 * self.split.ring
-    return [sequence._chunk_mask(mask, index, count, q.shape[0], q.device) for index in (0, 1)]
+def _first_chunk(mask: Any, chunk: int, chunks: int, rows: int, device: Any) -> Any:
+    return real_chunk_mask(mask, chunk % 2, chunks, rows, device)
+
+
+real_chunk_mask = sequence._chunk_mask
 
 
 def first_slopes() -> Any:
     """Every rank takes the first heads' ALiBi slopes."""
-    real = sequence.SplitCore.forward
+    real = sequence.Rows._own
 
-    def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, slopes: Tensor | None = None) -> Tensor:
-        if slopes is not None:
-            slopes = slopes.chunk(self.rows.split.ulysses)[0].repeat(self.rows.split.ulysses)
-        return real(self, q, k, v, mask, slopes)
+    def own(self: Any, context: Any, x: Tensor) -> Any:
+        index, self.ulysses_index = self.ulysses_index, 0
+        found = real(self, context, x)
+        self.ulysses_index = index
+        return found
 
-    return replaced(sequence.SplitCore, "forward", forward)
+    return replaced(sequence.Rows, "_own", own)
 
 
 def unsummed_statistics() -> Any:

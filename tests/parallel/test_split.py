@@ -45,10 +45,8 @@ def test_no_other_split_is_better(costs, stages):
     chosen = split_layers(costs, stages)
     assert [i for part in chosen for i in part] == list(range(len(costs.layers)))
     best = min(
-        
-            (max(found := stage_costs(costs, ranges)), sum(x * x for x in found))
-            for ranges in every_split(len(costs.layers), stages)
-        
+        (max(found := stage_costs(costs, ranges)), sum(x * x for x in found))
+        for ranges in every_split(len(costs.layers), stages)
     )
     got = stage_costs(costs, chosen)
     assert max(got) == pytest.approx(best[0])

@@ -110,7 +110,7 @@ def _view(model: Transformer, layers: range, *, embedding: bool, head: bool) -> 
         view.embed_tokens = model.embed_tokens
     assert model.layers is not None
     view.layers = nn.ModuleDict({str(layer): model.layers[str(layer)] for layer in layers})
-    view.attention_backend = model.attention_backend
+    view.attention_backend, view.compute_dtype = model.attention_backend, model.compute_dtype
     return view
 
 

@@ -12,8 +12,9 @@ nothing special. Which of the three is `split.choose_row_split`'s choice.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainwright.model import mask as masks
-from trainwright.model.attention import Attention, AttentionCore
+from trainwright.model.attention import Attention, AttentionCore, LayerContext
 from trainwright.model.kernels import attention as kernel
 from trainwright.model.mask import AttentionMask, Visibility
 from trainwright.model.moe import Moe
@@ -31,6 +32,16 @@ from trainwright.parallel.collectives import all_gather, all_reduce, all_to_all
 from trainwright.parallel.split import RowSplit, kv_copies
 
 _IGNORED = -100
+
+
+Contexts = dict[str, LayerContext]
+
+
+@dataclass(frozen=True)
+class SplitMask(AttentionMask):
+    """A mask of whole rows, and what it says of this rank's queries: one mask a chunk of them."""
+
+    parts: tuple[AttentionMask, ...] = ()
 
 
 class Rows:
@@ -46,7 +57,7 @@ class Rows:
             self.ring_group, self.ulysses_group = cut["ring"].get_group(), cut["ulysses"].get_group()
         else:
             self.ring_group = self.ulysses_group = self.group
-        self._masks: OrderedDict[int, tuple[AttentionMask, list[AttentionMask]]] = OrderedDict()
+        self.backend: kernel.Backend = "auto"
 
     def part(self, length: int) -> Tensor:
         """Where this rank's tokens stand in a row of `length`, a multiple of `split.multiple`; [length / cp] int64."""
@@ -54,22 +65,31 @@ class Rows:
         own = torch.cat([pieces[chunk] for chunk in self.split.chunks(self.ring_index)])
         return own.chunk(self.split.ulysses)[self.ulysses_index]
 
-    def own_masks(
-        self, mask: AttentionMask, slopes_N: Tensor | None, q: Tensor, backend: kernel.Backend
-    ) -> list[AttentionMask]:
-        """The masks of this rank's queries, one a chunk, made once for all layers of a pass that share `mask`."""
-        found = self._masks.get(id(mask))
-        if found is None or found[0] is not mask:
-            device, dtype = q.device, q.dtype
+    def contexts(self, whole: Callable[..., Contexts], x_BSH: Tensor, *facts: Any) -> Contexts:
+        """In place of the model's own: what its layers share, with the masks and slopes of this rank's queries.
+
+        `whole` gives those of whole rows, and `facts` end with where the stream stands in them.
+        """
+        contexts = whole(x_BSH, *facts)
+        if not isinstance(facts[-1], Tensor):
+            return contexts
+        own = {id(context): self._own(context, x_BSH) for context in contexts.values()}
+        return {key: own[id(context)] for key, context in contexts.items()}
+
+    def _own(self, context: LayerContext, x_BSH: Tensor) -> LayerContext:
+        slopes_N, mask = context.slopes_N, context.mask
+        device, dtype = x_BSH.device, x_BSH.dtype
+        if slopes_N is not None and self.split.ulysses > 1:
+            slopes_N = slopes_N.chunk(self.split.ulysses)[self.ulysses_index]
+        parts = [mask]
+        if self.split.ring > 1 or slopes_N is not None:
             chunks = self.split.chunks(self.ring_index)
-            made = [_chunk_mask(mask, chunk, 2 * self.split.ring, q.shape[0], device) for chunk in chunks]
-            for index, one in enumerate(made):
-                chosen = kernel.choose(one, device=device, dtype=dtype, alibi=slopes_N is not None, wanted=backend)
-                made[index] = kernel.prepare(one, chosen, device=device, dtype=dtype, slopes_N=slopes_N)
-            self._masks[id(mask)] = found = (mask, made)
-            if len(self._masks) > 8:
-                self._masks.popitem(last=False)
-        return found[1]
+            parts = [_chunk_mask(mask, chunk, 2 * self.split.ring, x_BSH.shape[0], device) for chunk in chunks]
+        for index, part in enumerate(parts):
+            alibi = slopes_N is not None
+            chosen = kernel.choose(part, device=device, dtype=dtype, alibi=alibi, wanted=self.backend)
+            parts[index] = kernel.prepare(part, chosen, device=device, dtype=dtype, slopes_N=slopes_N)
+        return replace(context, mask=SplitMask(mask.seen, mask.window, parts=tuple(parts)), slopes_N=slopes_N)
 
 
 def _chunk_mask(mask: AttentionMask, chunk: int, chunks: int, rows: int, device: torch.device) -> AttentionMask:
@@ -117,29 +137,18 @@ class SplitCore(nn.Module):
         self.core = core
         self.rows = rows
 
-    @property
-    def backend(self) -> kernel.Backend:
-        return self.core.backend
-
-    @backend.setter
-    def backend(self, value: kernel.Backend) -> None:
-        self.core.backend = value
-
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, slopes_N: Tensor | None = None) -> Tensor:
-        if q.shape[1] == mask.seen.num_queries:
+        if not isinstance(mask, SplitMask):
             return self.core(q, k, v, mask, slopes_N)
         split = self.rows.split
         if split.ulysses > 1:
             q, k, v = self._to_heads(q, k, v)
-            if slopes_N is not None:
-                slopes_N = slopes_N.chunk(split.ulysses)[self.rows.ulysses_index]
         if split.ring > 1:
             k, v = self._gather(torch.stack([k, v]))
-        own = [mask] if split.ring == 1 and slopes_N is None else self.rows.own_masks(mask, slopes_N, q, self.backend)
         outs = []
-        for part, part_mask in zip(q.chunk(len(own), 1), own, strict=True):
-            keys = part_mask.seen.num_keys
-            outs.append(self.core(part, k[:, :keys], v[:, :keys], part_mask, slopes_N))
+        for queries, part in zip(q.chunk(len(mask.parts), 1), mask.parts, strict=True):
+            keys = part.seen.num_keys
+            outs.append(self.core(queries, k[:, :keys], v[:, :keys], part, slopes_N))
         out = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
         return self._to_tokens(out) if split.ulysses > 1 else out
 
@@ -179,11 +188,13 @@ def apply_sequence(model: Transformer, mesh: DeviceMesh, split: RowSplit) -> Row
     The loss and the token count that it returns are the part's: they sum over the ranks. Give every rank the same rows.
     """
     rows = Rows(mesh, split)
+    rows.backend = model.attention_backend
     for module in list(model.modules()):
         if isinstance(module, Attention):
             module.core = SplitCore(module.core, rows)  # type: ignore[assignment]
         elif isinstance(module, Moe):
             module.register_forward_hook(_Statistics(rows))
+    model._contexts = partial(rows.contexts, model._contexts)  # type: ignore[method-assign]
     model.register_forward_pre_hook(_Cut(rows), with_kwargs=True)
     return rows
 
