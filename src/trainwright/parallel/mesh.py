@@ -120,11 +120,12 @@ def build_meshes(layout: Layout, device_type: str) -> dict[str, DeviceMesh]:
     world = init_device_mesh(device_type, (layout.world_size,), mesh_dim_names=("world",))
     names = ("pp", "replicate", "shard", "tp")
     base = world._unflatten(0, (layout.pp, replicate, shard, layout.tp), names)
+    # Axes by number: torch 2.11's _unflatten refuses every name that there is.
     if layout.zero == 0:
         inner = (layout.dp_replicate, layout.dp_shard, layout.cp)
-        data = base._unflatten("replicate", inner, ("dp_replicate", "dp_shard", "cp"))
+        data = base._unflatten(names.index("replicate"), inner, ("dp_replicate", "dp_shard", "cp"))
     else:
-        data = base._unflatten("shard", (layout.dp_shard, layout.cp), ("dp_shard", "cp"))
+        data = base._unflatten(names.index("shard"), (layout.dp_shard, layout.cp), ("dp_shard", "cp"))
     meshes = {name: base[name] for name in names}
     meshes |= {name: data[name] for name in ("dp_shard", "cp")}
     meshes["dp_replicate"] = data["dp_replicate" if layout.zero == 0 else "replicate"]
@@ -137,7 +138,8 @@ def build_meshes(layout: Layout, device_type: str) -> dict[str, DeviceMesh]:
 def _expert_meshes(base: DeviceMesh, ep: int, cut: str) -> dict[str, DeviceMesh]:
     """`ep` neighbours along the axis `cut` hold different experts; the rest of that axis holds the same ones."""
     rest = f"expert_{cut}"
-    experts = base._unflatten(cut, (base[cut].size() // ep, ep), (rest, "ep"))
+    place = (base.mesh_dim_names or ()).index(cut)
+    experts = base._unflatten(place, (base[cut].size() // ep, ep), (rest, "ep"))
     outer, inner = (rest, "shard") if cut == "replicate" else ("replicate", rest)
     fsdp = experts[outer, inner] if experts[outer].size() > 1 else experts[inner]
     both = experts["ep", "tp"] if experts["tp"].size() > 1 else experts["ep"]
