@@ -22,6 +22,7 @@ from trainwright.data.prepare import prepare
 from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
 from trainwright.parallel.mesh import join_world
 from trainwright.parallel.pipeline import without_twins
+from trainwright.parallel.split import check_micro_batches
 from trainwright.parallel.watch import begin_watch
 from trainwright.recipe.schema import Recipe
 from trainwright.train.build import (
@@ -104,6 +105,7 @@ class Trainer:
         data = prepare(recipe, self.tokenizer, vocab_size=vocab_size, progress=world.is_main)
         self.rows = 0 if recipe.data.streaming else len(data.train)  # a stream's length is not known
         size, accumulation = micro_batches(recipe.train, world.layout)
+        check_micro_batches(recipe.parallel.pp_schedule, world.layout.pp, accumulation)
         self.loader = Loader(
             data.train,
             micro_batch_size=size,
