@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tests.train.tiny import TinyModel, rows, split
-from trainwright.errors import UserError
 from trainwright.parallel.layout import Layout
 from trainwright.parallel.mesh import World
 from trainwright.train.optimizer import build_optimizer
@@ -179,8 +178,3 @@ def test_states_can_be_made_without_a_change(name):
     step = make(TinyModel(), name)
     step([rows(2)], 1e-3)
     assert set(step.optimizers.state_tensors()) == set(optimizers.state_tensors())
-
-
-def test_an_optimizer_that_is_not_built_is_refused_with_what_to_install():
-    with pytest.raises(UserError, match=r"adamw8bit .*pip install 'trainwright\[gpu\]'"):
-        build_optimizer(TinyModel(), "adamw8bit", **OPTIONS)

@@ -336,7 +336,6 @@ def test_a_stop_whose_checkpoint_fails_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.optimizer=lion"], "train.optimizer=lion"),
         (["tracking.tracker=swanlab"], "pip install swanlab"),
         (["model.tokenizer=null"], "set model.tokenizer"),
         (["model.overrides.vocab_size=100"], "set model.overrides.vocab_size=320"),
