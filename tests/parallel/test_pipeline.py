@@ -9,6 +9,7 @@ import torch
 
 from tests.parallel import models
 from tests.parallel.worlds import run, world_of
+from trainwright.data.loader import Batch
 from trainwright.errors import UserError
 from trainwright.model.generate import generate
 from trainwright.model.transformer import Transformer
@@ -17,6 +18,9 @@ from trainwright.parallel.layout import Layout
 from trainwright.parallel.pipeline import Cut, Pipeline, measure_costs, without_twins
 from trainwright.parallel.split import PartCosts, check_micro_batches, stages_of_rank
 from trainwright.recipe.parallel import ParallelRecipe
+from trainwright.train.nonfinite import find_nonfinite
+from trainwright.train.optimizer import build_optimizer
+from trainwright.train.step import LossScale, TrainStep
 
 CPU = torch.device("cpu")
 
@@ -77,6 +81,43 @@ def check(results: list[dict[str, Any]]) -> None:
         assert result["logits"] < 1e-4
         ours, plain = result["tokens of"]
         assert ours == plain
+
+
+def poisoned(backward: bool) -> tuple[str | None, list[int]]:
+    """What each rank finds when a layer of the second stage makes a NaN for the second row of a micro batch."""
+    layout = Layout(world_size=2, pp=2)
+    model, pipeline = in_stages("llama", layout, "1f1b", layers=4)
+
+    def poison(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor | None:
+        hurt = torch.zeros_like(out)
+        hurt[1, 5] = float("nan")
+        if backward:
+            out.register_hook(lambda grad: grad + hurt)
+            return None
+        return out + hurt
+
+    assert model.layers is not None
+    if "3" in model.layers:
+        model.layers["3"].mlp.register_forward_hook(poison)
+    optimizers = build_optimizer(model, "sgd", betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    step = TrainStep(pipeline, optimizers, world_of(layout), max_grad_norm=1.0, loss_scale=LossScale(False))
+    batches = [Batch(**vars(batch)) for batch in models.batches(2, 2, 32, 7)]
+    assert not step(batches, 0.1).finite
+    found = find_nonfinite(model, batches, step.probe, lambda number, row: 2 * number + row)
+    return (found.where, found.rows) if found else (None, [])
+
+
+def test_nan_in_a_later_stage_is_found_there():
+    first, second = run(2, poisoned, False)
+    assert first[0] is None or "layers.0" not in first[0]
+    assert second[0].startswith("the output of layers.3.mlp")
+    assert second[1] == [1, 3]
+
+
+def test_nan_of_a_gradient_is_found_in_the_stage_that_made_it():
+    _, second = run(2, poisoned, True)
+    assert second[0].startswith("the backward pass between")
+    assert "layers.3.mlp" in second[0]
 
 
 def held(schedule: str) -> dict[str, Any]:

@@ -42,10 +42,15 @@ class NonFinite:
 
 @dataclass
 class Finding:
-    """Where the first NaN or infinity came from, and the numbers of the rows that had it."""
+    """Where a NaN or infinity came from, and the numbers of the rows that had it.
+
+    `stage`: 0 in a weight, 1 in a layer's output, 2 in the loss, 3 on the way back, 4 in a weight's gradient. What one
+    rank made reaches the others later, so of all ranks the finding of the earliest stage is the first.
+    """
 
     where: str
     rows: list[int] = field(default_factory=list)
+    stage: int = 1
 
 
 def account(step: int, what: str, findings: Sequence[Finding | None], kept: str) -> str:
@@ -53,7 +58,7 @@ def account(step: int, what: str, findings: Sequence[Finding | None], kept: str)
 
     `findings` are of all ranks, their rows numbered in the global batch; `kept` names the last good checkpoint.
     """
-    first = next((finding for finding in findings if finding is not None), None)
+    first = min((finding for finding in findings if finding), key=lambda finding: finding.stage, default=None)
     if first is None:
         where = "it did not come again when the step's rows were run once more, which hints at the hardware"
     else:
@@ -75,14 +80,10 @@ def find_nonfinite(
     """Runs forward and backward of each micro batch again, watching every module. None when nothing bad comes up.
 
     `row_number(micro batch, row in it)` is the row's number in the global batch. Leaves no gradients. None means that
-    the fault did not repeat.
+    the fault did not repeat. Every rank runs everything, whatever it has found: the others wait for it on the way.
     """
     numbers = [[row_number(at, row) for row in range(len(batch.input_ids))] for at, batch in enumerate(batches)]
-    for name, tensor in model.named_parameters():
-        if not bool(_local(tensor).isfinite().all()):
-            every = [row for of_batch in numbers for row in of_batch]
-            return Finding(f"the weight {name}, which held NaN or infinity before this step", every)
-    first: Finding | None = None
+    first = _bad_weight(model, [row for of_batch in numbers for row in of_batch])
     with uncompiled():  # compiled layers would not run the hooks of the modules inside them
         for batch, rows in zip(batches, numbers, strict=True):
             found = _search(model, loss_of, batch, rows)
@@ -93,22 +94,28 @@ def find_nonfinite(
     return first
 
 
+def _bad_weight(model: nn.Module, rows: list[int]) -> Finding | None:
+    for name, tensor in model.named_parameters():
+        if not bool(_local(tensor).isfinite().all()):
+            return Finding(f"the weight {name}, which held NaN or infinity before this step", rows, stage=0)
+    return None
+
+
 def _search(model: nn.Module, loss_of: Callable[[Any], Tensor], batch: Any, rows: list[int]) -> Finding | None:
     """The first fault in one micro batch: forward, loss, backward, weight gradients, in that order."""
     watch = _Watch(rows)
     with watch.on(model):
         loss = loss_of(batch)
-        if watch.found:
-            return watch.found
-        if not bool(loss.isfinite()):
-            return Finding("the loss", rows)
+        if not watch.found and not bool(loss.isfinite()):
+            watch.found = Finding("the loss", rows, stage=2)
         watch.forward = False
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
     if watch.found:
         return watch.found
     for name, tensor in model.named_parameters():
         if tensor.grad is not None and not bool(_local(tensor.grad).isfinite().all()):
-            return Finding(f"the gradient of {name}", rows)
+            return Finding(f"the gradient of {name}", rows, stage=4)
     return None
 
 
@@ -149,7 +156,7 @@ class _Watch:
             self.last_good = f"the output of {name}"
         else:
             where = f"the backward pass between {self.last_good} and the output of {name}"
-            self.found = Finding(where, self._bad_rows(grad))
+            self.found = Finding(where, self._bad_rows(grad), stage=3)
 
     def _bad_rows(self, tensor: Tensor) -> list[int]:
         """The rows with a fault; all of them where the tensor is not one value a row and position."""

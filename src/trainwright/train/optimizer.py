@@ -109,7 +109,8 @@ def build_optimizer(
     if name == "adamw":
         parts = [torch.optim.AdamW(_groups(trained, weight_decay), **adamw)]
     elif name == "sgd":
-        parts = [torch.optim.SGD(_groups(trained, weight_decay), lr=0.0, fused=fused)]
+        sharded = any(hasattr(tensor, "device_mesh") for tensor in trained.values())  # DTensor has no fused SGD
+        parts = [torch.optim.SGD(_groups(trained, weight_decay), lr=0.0, fused=fused and not sharded)]
     elif name == "adafactor":
         parts = [torch.optim.Adafactor(_groups(trained, weight_decay), lr=0.0)]
     elif name == "adamw8bit":

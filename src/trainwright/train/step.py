@@ -131,9 +131,16 @@ class TrainStep:
         return total
 
     def probe(self, batch: Batch) -> Tensor:
-        """The loss of a micro batch as a step computes it, scaled alike, for a search that runs it once more."""
+        """The loss of a micro batch as a step computes it, scaled alike, for a search that runs it once more.
+
+        Stages of a pipeline run both ways in one go, so what they return has no gradient left to compute.
+        """
+        one = torch.ones((), device=self.world.device)
+        if isinstance(self.model, Pipeline):
+            inputs = [to_inputs(batch, self.world.device)]
+            return self.model.forward_backward(inputs, lambda output: self.share(output, one))
         output = self.model(**to_inputs(batch, self.world.device))
-        return self.share(output, torch.ones((), device=self.world.device))
+        return self.share(output, one)
 
     def share(self, output: LossOutput, count: Tensor) -> Tensor:
         """A micro batch's share of the step's loss, scaled, with the auxiliary loss.
