@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainwright.model.config import ModelConfig
+from trainwright.model.config import ModelConfig, linears
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.expert import apply_experts
@@ -117,7 +117,8 @@ def _cut(
 ) -> Cut:
     """Where the pipeline is cut: as asked, else by what the parts cost."""
     config, wish = model.config, recipe.pp_layers
-    if wish == "measured" or (wish == "auto" and world.device.type != "cpu"):
+    plain = not any(linear.quantization for _, linear in linears(config))  # codes cannot be made up for a clock
+    if plain and (wish == "measured" or (wish == "auto" and world.device.type != "cpu")):
         length, full = seq_len // world.layout.cp, recipe.recompute == "full"
         costs = measure_costs(config, device=world.device, dtype=dtype, length=length, full=full)
     else:

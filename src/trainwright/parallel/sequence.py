@@ -58,6 +58,14 @@ class Rows:
         else:
             self.ring_group = self.ulysses_group = self.group
         self.backend: kernel.Backend = "auto"
+        self._parts: dict[tuple[torch.device, int], Tensor] = {}
+
+    def part_on(self, device: torch.device, length: int) -> Tensor:
+        """`part` on a device, copied there once a length."""
+        key = (device, length)
+        if key not in self._parts:
+            self._parts[key] = self.part(length).to(device)
+        return self._parts[key]
 
     def part(self, length: int) -> Tensor:
         """Where this rank's tokens stand in a row of `length`, a multiple of `split.multiple`; [length / cp] int64."""
@@ -225,7 +233,7 @@ class _Cut:
         missing = -length % self.rows.split.multiple
         if missing:
             tokens, kwargs = _pad(tokens, kwargs, missing)
-        part = self.rows.part(length + missing).to(tokens.device)
+        part = self.rows.part_on(tokens.device, length + missing)
         if tokens.dim() == 2:  # else the stream of an earlier stage, which has this rank's part already
             tokens = tokens[:, part]
         return (tokens,), {**kwargs, "labels": kwargs["labels"][:, part], "index_S": part}
