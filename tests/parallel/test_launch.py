@@ -54,7 +54,7 @@ def test_the_end_of_a_run_is_one_line(mode: str, status: int, parts: list[str], 
     assert len(lines) == 1, screen
     for part in parts:
         assert part in lines[0]
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 180  # far from the ten minutes of a collective
 
 
 def test_running_out_of_memory_says_what_to_lower() -> None:
