@@ -13,6 +13,28 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from trainwright.model.config_rope import (
+    DynamicNtkScaling as DynamicNtkScaling,
+)
+from trainwright.model.config_rope import (
+    LinearScaling as LinearScaling,
+)
+from trainwright.model.config_rope import (
+    Llama3Scaling as Llama3Scaling,
+)
+from trainwright.model.config_rope import (
+    QwenNtkScaling as QwenNtkScaling,
+)
+from trainwright.model.config_rope import (
+    RopeConfig as RopeConfig,
+)
+from trainwright.model.config_rope import (
+    RopeScaling as RopeScaling,
+)
+from trainwright.model.config_rope import (
+    YarnScaling as YarnScaling,
+)
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
@@ -91,74 +113,6 @@ class PositionTableConfig:
 
     def num_parameters(self) -> int:
         return self.num_embeddings * self.embedding_dim
-
-
-@dataclass(frozen=True)
-class LinearScaling:
-    """Position interpolation (Chen et al. 2023): every frequency divided by `factor`."""
-
-    factor: float
-
-
-@dataclass(frozen=True)
-class DynamicNtkScaling:
-    """The base grows with the longest position beyond the trained length (HF rope_type `dynamic`)."""
-
-    factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, those between blended."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class YarnScaling:
-    """YaRN (Peng et al. 2023). `attention_factor` multiplies cos and sin."""
-
-    factor: float
-    original_max_position_embeddings: int
-    attention_factor: float
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-
-
-@dataclass(frozen=True)
-class QwenNtkScaling:
-    """Qwen 1 in evaluation beyond `seq_length`: base x alpha^(d/(d-2)), alpha by powers of two, one alpha a row."""
-
-    seq_length: int
-
-
-RopeScaling = LinearScaling | DynamicNtkScaling | Llama3Scaling | YarnScaling | QwenNtkScaling
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary positions (Su et al. 2021) on the first `channels * rotary_dim` dimensions of a head.
-
-    `layout` half pairs dimension i with i + rotary_dim/2, interleaved pairs 2i with 2i + 1. With two channels
-    (ChatGLM) each `rotary_dim` dimensions turn by their own position. `float16_frequencies`: GLM's rounding.
-    """
-
-    rotary_dim: int
-    theta: float = 10000.0
-    layout: Literal["half", "interleaved"] = "half"
-    channels: int = 1
-    scaling: RopeScaling | None = None
-    float16_frequencies: bool = False
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether the frequencies depend on the length: then a KV cache must hold keys that are not yet rotated."""
-        return isinstance(self.scaling, DynamicNtkScaling | QwenNtkScaling)
 
 
 @dataclass(frozen=True)

@@ -221,12 +221,6 @@ _TABLE: list[tuple[str, str, dict[str, Any], tuple[str, str]]] = [
         _llama3(3072, 8192, 28, 24, 32.0, head_dim=128, tie_word_embeddings=True),
         _LLAMA32,
     ),
-    (
-        "baichuan-inc/Baichuan-7B",
-        "baichuan_7b",
-        _baichuan(*_B7, 64000, "max_position_embeddings"),
-        ("Baichuan-7B", "baichuan"),
-    ),
     ("FlagAlpha/Llama2-Chinese-7b-Chat", "llama", _llama(*_L7), _LLAMA2),
     ("FlagAlpha/Llama2-Chinese-13b-Chat", "llama", _llama(*_L13), _LLAMA2),
     ("idea-ccnl/ziya-llama-13b-v1", "llama", _llama1(*_L13, vocab_size=39424), ("GPL-3.0", "alpaca")),
