@@ -1,12 +1,14 @@
 """The bytes of tensors that are alive, at any moment of a program, on a CPU: what torch counts as allocated on a GPU.
 
-Every operation's results are watched through the dispatcher; a storage counts from the operation that made it until it
-is freed. Memory that a kernel takes and gives back inside one operation is not seen.
+Every operation's results are watched through the dispatcher. A storage counts with the size that it has at the moment,
+because FSDP frees the weights that it gathered by shrinking their storage to nothing. Memory that a kernel takes and
+gives back inside one operation is not seen.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,39 +17,31 @@ from torch.utils._pytree import tree_leaves
 
 
 class Alive(TorchDispatchMode):
-    """`peak` bytes at once since the start; `mark(name)` notes the present ones."""
+    """`peak`: most bytes at once since the start."""
 
-    def __init__(self) -> None:
+    def __init__(self, existing: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.where = ""
-        self.peak_at = ""
-        self._known: set[int] = set()
-
-    def count(self, tensors: Any) -> None:
-        """Adds what exists already."""
-        for tensor in tensors:
+        self.peak = 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+        for tensor in existing:
             self._add(tensor)
+        self._look()
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known or storage.device.type == "meta":
-            return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.now += size
-        weakref.finalize(storage, self._gone, key, size)
-        if self.now > self.peak:
-            self.peak, self.peak_at = self.now, self.where
+        if key not in self._storages and storage.device.type != "meta":
+            self._storages[key] = weakref.ref(storage, lambda _: self._storages.pop(key, None))
 
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    def _look(self) -> None:
+        held = [storage for reference in list(self._storages.values()) if (storage := reference()) is not None]
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in held))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._add(leaf)
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        for tensor in made:
+            self._add(tensor)
+        if made:
+            self._look()
         return out

@@ -171,38 +171,52 @@ class _Walk:
         outer = whole_bytes(job, head) if tied or not backward else 0
         return {"gathered weights": outer + (layers if backward or not self.stage.head else 0)}
 
-    def _accumulated(self) -> Parts:
-        """Whole gradients that wait for the last micro batch, where they are summed once a step."""
+    @property
+    def _summed_once(self) -> bool:
+        """Whether gradients wait whole for the step's last micro batch, which sums them over ranks."""
         job = self.job
-        if not job.fsdp or job.layout.zero > 1 or job.accumulation == 1:
-            return {}
-        return {"gradients before their sum": self._whole(trained=True) * self.program.reduce}
+        return job.fsdp and job.accumulation > 1 and (job.layout.zero <= 1 or job.layout.pp > 1)
+
+    def _accumulated(self) -> Parts:
+        """Gradients of earlier micro batches."""
+        whole = self._whole(trained=True) * self.program.reduce
+        return {"gradients": whole if self._summed_once else self.states.gradients}
 
     def _reducing(self) -> int:
         """Whole gradients of a layer before they are summed and sharded."""
         if not self.job.fsdp and self.job.shards == 1:
             return 0
-        each = self.program.compute + self.program.reducing_layers * self.program.reduce
-        return int(self._largest_layer(trained=True) * each)
+        reduced = 0 if self._summed_once else self.program.reducing_layers * self.program.reduce
+        return int(self._largest_layer(trained=True) * (self.program.compute + reduced))
 
     # ---- moments
 
     def _step(self) -> list[Moment]:
-        """The loss, where everything is kept, and the fullest point of the backward pass."""
-        job = self.job
-        again = job.accumulation > 1
+        """The loss, where everything is kept, and the fullest point of the backward pass.
+
+        With no more micro batches than are in flight, the first one comes back before any has left a gradient; those
+        after it find gradients and one micro batch less.
+        """
+        job, in_flight = self.job, self.stage.in_flight
+        if job.accumulation > in_flight:
+            return self._pass(in_flight, self._accumulated())
+        later = self._pass(in_flight - 1, self._accumulated()) if in_flight > 1 else []
+        return self._pass(in_flight, {}) + later
+
+    def _pass(self, in_flight: float, gradients: Parts) -> list[Moment]:
+        """The moments of a micro batch that comes back while `in_flight` are kept."""
         held = {group.layer: self._held(group.layer) for group in self.groups}
         kept = sum(group.count * held[group.layer] for group in self.groups)
-        base = self._base(gradients=again) | self._accumulated()
-        standing, running = base | self._gathered(backward=False), base | self._gathered(backward=True)
-        everything = int(self.stage.in_flight * kept) + self._outer_kept()
+        base = self._base(gradients=False) | gradients
+        everything = int(in_flight * kept) + self._outer_kept()
         loss = self._loss() if self.stage.head else {}
-        moments = [Moment("loss", standing | {"activations": everything} | loss)]
-        if job.trained:
-            moments.append(self._backward(running, everything, held, again))
+        at_loss = base | self._gathered(backward=False) | {"activations": everything} | loss
+        moments = [Moment("loss" if self.stage.head else "forward", at_loss)]
+        if self.job.trained:
+            moments.append(self._backward(base | self._gathered(backward=True), everything, held))
         return moments
 
-    def _backward(self, standing: Parts, everything: int, held: dict[int, int], again: bool) -> Moment:
+    def _backward(self, standing: Parts, everything: int, held: dict[int, int]) -> Moment:
         """Layer by layer from the last: kept tensors go, gradients come (from the second micro batch on they are there
         already), and the running layer has its gradients and what it computes again."""
         own = {group.layer: sum_states(self.job, group.parameters).gradients for group in self.groups}
@@ -216,7 +230,7 @@ class _Walk:
             parts = standing | {
                 "activations": waiting,
                 "a layer's backward pass": running,
-                "gradients": standing.get("gradients", 0) if again else come,
+                "gradients": standing.get("gradients", come),
                 "reduction buffers": self._reducing(),
             }
             here = Moment("backward", {name: size for name, size in parts.items() if size})
@@ -257,7 +271,9 @@ class _Walk:
         job, program = self.job, self.program
         vocab = -(-job.config.lm_head.out_features // job.layout.tp)
         chunk = chunk_tokens(program, job.tokens, vocab, self.device)
-        parts = {"logits": int(chunk * vocab * program.logits), "loss": self._loss_kept()}
+        # Over a split vocabulary, softmax is taken in place.
+        each = program.logits - (4 if job.layout.tp > 1 and program.name == "trainwright" else 0)
+        parts = {"logits": int(chunk * vocab * each), "loss": self._loss_kept()}
         if self._head_trained():
             parts["head's gradient"] = self._head_elements() * program.head_work
             if not job.fsdp:

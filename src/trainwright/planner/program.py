@@ -97,8 +97,8 @@ class Program:
     # ---- communication
     gathered_layers: float = 3.0
     """Layers whose whole weights exist at once under ZeRO-3, in the compute type."""
-    reducing_layers: float = 2.0
-    """Layers whose whole gradients exist at once, in the type they are summed in."""
+    reducing_layers: float = 1.0
+    """Layers whose whole gradients are being summed while the next one runs backward."""
     outer_gathered: bool = True
     """Whether embedding and head stay gathered from forward to backward."""
     bucket_gib: float = 0.0
@@ -187,6 +187,7 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         head_traffic=12.0,
         recompute=1.75 if compiled else 1.0,
         kernels=40 if compiled else 90,
+        reducing_layers=0.0 if cpu else 1.0,
         workspace_gib=0.0 if cpu else 0.03,
     )
 
