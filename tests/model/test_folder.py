@@ -183,6 +183,7 @@ def test_pickles_are_converted(folder: Path, tmp_path: Path) -> None:
         import_pickles(bins, tmp_path / "again")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("way", ["torch file", "bare pickle"])
 def test_a_hostile_pickle_runs_nothing(folder: Path, tmp_path: Path, way: str) -> None:
     trace = tmp_path / "trace"
