@@ -127,7 +127,8 @@ def apply_rotary(x_BSND: Tensor, rotary: Rotary, rope: RopeConfig) -> Tensor:
     turned = x_BSND[..., :width]
     if rope.channels > 1:
         turned = turned.unflatten(-1, (rope.channels, rope.rotary_dim))
-    turned = _Turn.apply(turned, cos, sin, rope.layout)
+    turn = _turn if torch.compiler.is_compiling() else _Turn.apply
+    turned = turn(turned, cos, sin, rope.layout)
     if rope.channels > 1:
         turned = turned.flatten(-2)
     return turned if width == x_BSND.shape[-1] else torch.cat([turned, x_BSND[..., width:]], -1)

@@ -36,6 +36,6 @@ class _GatedSilu(torch.autograd.Function):
 
 def gated(name: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """act(gate) * up (Shazeer 2020), same shape and dtype as both."""
-    if name == "silu":
+    if name == "silu" and not torch.compiler.is_compiling():  # which decides itself what to compute again
         return _GatedSilu.apply(gate, up)
     return activate(name, gate) * up
