@@ -92,14 +92,19 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """The ranks' parts joined along `dim`; where the dims before it are 1, nothing is copied."""
     whole = _wait(_functional.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
-    return whole if dim == 0 else whole.unflatten(0, (-1, x.shape[0])).movedim(0, dim).flatten(dim, dim + 1)
+    if all(size == 1 for size in x.shape[:dim]):  # a view, and a form that the compiler joins with a matmul
+        return whole.view(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+    return whole.unflatten(0, (-1, x.shape[0])).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _scattered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """This rank's part, along `dim`, of the sum."""
-    if dim != 0:
+    shape = (*x.shape[:dim], -1, *x.shape[dim + 1 :])
+    if all(size == 1 for size in x.shape[:dim]):
+        x = x.flatten(0, dim)
+    else:
         x = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).flatten(0, 1)
-    return _wait(_functional.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))
+    return _wait(_functional.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)).view(shape)
 
 
 def _own_part(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:

@@ -122,6 +122,18 @@ def apply_tensor(model: Transformer, mesh: DeviceMesh, *, leave: type[nn.Module]
     _split_tokens(model, mesh)
 
 
+def overlap(mesh: DeviceMesh) -> None:
+    """Lets the compiler cut the matmuls next to gathers and scatters of this group into pieces that overlap with them.
+
+    Asynchronous tensor parallelism over symmetric memory (torch 2.6 on, CUDA with NVLink); compiled layers only.
+    """
+    from torch._inductor import config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
+
+
 # ---- parameters ----
 
 
