@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainwright.model.config import ModelConfig, linears
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
+from trainwright.parallel.budget import apply_budget
 from trainwright.parallel.expert import apply_experts
 from trainwright.parallel.layout import check_model, kv_heads_of_rank
 from trainwright.parallel.mesh import World, in_host_memory
@@ -30,6 +32,7 @@ from trainwright.parallel.sequence import apply_sequence
 from trainwright.parallel.shard import apply_fsdp
 from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs
 from trainwright.parallel.tensor import apply_tensor
+from trainwright.parallel.tiles import apply_tiles
 from trainwright.recipe.parallel import ParallelRecipe
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -85,10 +88,7 @@ def parallelize(
             apply_experts(stage, world.meshes["ep_tp"])
         layers = list((stage.layers or {}).values())
         in_flight = pp.size() if pp is not None else 1  # 1F1B's most on a rank, each with its own kept results
-        apply_recompute(layers, recipe.recompute, memory_gib=recipe.recompute_memory, in_flight=in_flight)
-        if compile_layers:
-            for layer in layers:
-                layer.forward = torch.compile(layer.forward)
+        _recompute_and_compile(layers, recipe, in_flight, compile_layers)
         if recipe.offload in ("activations", "all"):
             apply_offload(layers, world.device)
         if world.meshes:
@@ -110,6 +110,21 @@ def parallelize(
         split_backward=recipe.recompute == "none" and not compile_layers,
     )
     return Spread(pipeline, rows)
+
+
+def _recompute_and_compile(layers: list[nn.Module], recipe: ParallelRecipe, in_flight: int, compiled: bool) -> None:
+    """What layers keep for their backward pass, and their compilation, which has to see it."""
+    memory = recipe.recompute_memory
+    if recipe.mlp_tokens is not None:
+        apply_tiles(layers, recipe.mlp_tokens, torch.compile if compiled else None)
+        compiled = False  # their parts are
+    if compiled and recipe.recompute == "selective" and memory is not None:
+        apply_budget(layers, memory, in_flight=in_flight, compile_=torch.compile)
+        return
+    apply_recompute(layers, recipe.recompute, memory_gib=memory, in_flight=in_flight)
+    if compiled:
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward)
 
 
 def _cut(

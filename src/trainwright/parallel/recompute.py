@@ -11,7 +11,7 @@ application `apply.py`'s.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -69,14 +69,16 @@ def apply_recompute(
         if mode == "selective":
             contexts = partial(create_selective_checkpoint_contexts, keep_all)
             extra["context_fn"] = contexts if budget is None else partial(budget.contexts, number)
-        layer.forward = _checkpointed(layer.forward, extra)
+        layer.forward = checkpointed(layer.forward, extra)
 
 
-def _checkpointed(inner: Callable[..., Any], extra: dict[str, Any]) -> Callable[..., Any]:
-    """A function and no partial: torch.compile passes over a module whose forward is a partial, without a word."""
+def checkpointed(inner: Callable[..., Any], extra: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """`inner`, keeping its arguments only. A function and no partial: torch.compile passes over a module whose forward
+    is a partial, without a word."""
+    settings = dict(extra or {})
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=True, **settings, **kwargs)
 
     return forward
 

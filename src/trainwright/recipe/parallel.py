@@ -28,6 +28,9 @@ class ParallelRecipe(Section):
     recompute_memory: float | None = Field(
         None, ge=0, description="selective: GiB that kept results of a rank may take; empty keeps all dear ones"
     )
+    mlp_tokens: int | None = Field(
+        None, ge=1, description="tokens that pass an MLP at once, for rows whose MLP is most of a layer's memory"
+    )
     offload: Literal["none", "optimizer", "activations", "all"] = Field(
         "none", description="what waits in host memory; optimizer: masters and gradients too, and the update runs there"
     )
