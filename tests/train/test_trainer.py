@@ -343,7 +343,6 @@ def test_a_stop_whose_checkpoint_fails_says_so(tmp_path, monkeypatch):
         (["model.frozen=[nothing.*]"], "nothing.* matches no parameter"),
         (["model.frozen=['*']"], "nothing is trained"),
         (["train.gradient_accumulation_steps=null", "train.global_batch_size=5"], "use 4"),
-        (["train.micro_batch_size=auto"], "train.micro_batch_size=auto"),
         (["data.template=llama3"], "llama3"),
         (["train.resume=7"], "no checkpoint of step 7: there are none"),
     ],

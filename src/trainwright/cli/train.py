@@ -16,6 +16,7 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest good checkpoint")] = False,
+    force: Annotated[bool, typer.Option("--force", help="try also what the plan says cannot fit")] = False,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="processes to start on this machine; CPU processes where it has no GPU")
     ] = None,
@@ -34,15 +35,16 @@ def train(
         raise UserError(f"--gpus {gpus}, but {found} started {os.environ['WORLD_SIZE']} processes: leave --gpus out")
     ranks = Path(asked.output) / asked.name / "ranks"
     if found:
-        _as_one_of_many(asked, resume, ranks)
+        _as_one_of_many(asked, resume, force, ranks)
     elif gpus is not None and gpus > 1:
         _check(asked, gpus)
-        command = [sys.executable, "-m", "trainwright", "train", recipe, *(overrides or ())]
-        sys.exit(launch.run_processes(gpus, [*command, "--resume"] if resume else command, ranks))
+        options = [word for word, given in (("--resume", resume), ("--force", force)) if given]
+        command = [sys.executable, "-m", "trainwright", "train", recipe, *(overrides or ()), *options]
+        sys.exit(launch.run_processes(gpus, command, ranks))
     else:
         from trainwright.train.trainer import train as run
 
-        run(asked, resume=resume or None)
+        run(asked, resume=resume or None, force=force)
 
 
 def _check(recipe: Recipe, gpus: int) -> None:
@@ -59,14 +61,14 @@ def _check(recipe: Recipe, gpus: int) -> None:
     Layout.of(recipe.parallel, gpus)
 
 
-def _as_one_of_many(recipe: Recipe, resume: bool, ranks: Path) -> None:
+def _as_one_of_many(recipe: Recipe, resume: bool, force: bool, ranks: Path) -> None:
     """One rank: when it fails, it leaves one line and no traceback on the screen."""
     from trainwright.parallel import watch
     from trainwright.train.trainer import train as run
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        run(recipe, resume=resume or None)
+        run(recipe, resume=resume or None, force=force)
     except Exception as error:
         status = watch.report_failure(ranks, error, rank, size)
         sys.stdout.flush()

@@ -122,6 +122,10 @@ def _mlp(job: Job, block: BlockConfig, path: str, found: LayerActivations) -> in
     entering = {name: linear for name in ("gate_proj", "up_proj") if (linear := getattr(part, name))}
     if any(_reads(job, linear, f"{path}.{name}") for name, linear in entering.items()):
         found.add("norm", hidden * job.program.normed_inner)
+    tile = job.recipe.parallel.mlp_tokens
+    if tile is not None and tile < job.tokens:  # pieces keep their input and run one after another
+        wide = inner * tile // job.tokens * (_inner(job, part) + job.program.inner_work)
+        return wide + hidden * job.program.compute
     unread = 0 if _reads(job, part.down_proj, f"{path}.down_proj") else job.program.compute
     found.add("mlp", inner * (_inner(job, part) - unread))
     for linear in (*entering.values(), part.down_proj):

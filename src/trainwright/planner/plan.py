@@ -99,15 +99,17 @@ def plan(
     rows: int | None = None,
     program: Program | None = None,
     calibration: Calibration | None = None,
+    config: ModelConfig | None = None,
 ) -> Plan:
     """The plan of a recipe on a cluster, or on `gpus` of a card by name; by default on this machine.
 
-    price: money for one GPU hour. rows: rows of the data, for recipes that count epochs. `micro_batch_size: auto` takes
-    the largest that fits. Raises UserError for layouts that do not divide and cards that are not known.
+    price: money for one GPU hour. rows: rows of the data, for recipes that count epochs. config: the model's tree where
+    it is known already. `micro_batch_size: auto` takes the largest that fits. Raises UserError for layouts that do not
+    divide and cards that are not known.
     """
     if cluster is None:
         cluster = cluster_of(gpu, gpus) if gpu else this_machine(gpus)
-    config = model_config(recipe)
+    config = config or model_config(recipe)
     micro_batch = None
     if recipe.train.micro_batch_size == "auto":
         micro_batch = largest_micro_batch(recipe, cluster, config=config, program=program, calibration=calibration)
@@ -124,11 +126,14 @@ def largest_micro_batch(
     config: ModelConfig | None = None,
     program: Program | None = None,
     calibration: Calibration | None = None,
+    limit: int | None = None,
 ) -> int:
     """The most rows a micro batch can have and fit, with the same global batch. 0 where not even one row fits."""
     config = config or model_config(recipe)
     best = 0
     for size in _sizes(recipe, cluster):
+        if limit is not None and size > limit:
+            break
         job = build_job(recipe, cluster, config=config, program=program, calibration=calibration, micro_batch=size)
         if not plan_memory(job).fits:
             break

@@ -27,6 +27,9 @@ class Program:
 
     name: str = "trainwright"
 
+    compiled: bool = False
+    """Whether layers are compiled."""
+
     # ---- states, a parameter
     compute: int = 2
     """What matrices are multiplied in."""
@@ -160,6 +163,7 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
     cpu = card.name == "CPU"
     compiled = train.compile is True or (train.compile == "auto" and not cpu)
     return Program(
+        compiled=compiled,
         compute=compute,
         trained=4 if recipe.adapter else wide,
         frozen=compute,

@@ -151,8 +151,8 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 def micro_batches(recipe: TrainRecipe, layout: Layout) -> tuple[int, int]:
     """(rows in a micro batch, micro batches of one data rank in a step)."""
     size = recipe.micro_batch_size
-    if size == "auto":
-        raise UserError("train.micro_batch_size=auto is not built yet: give a number of rows")
+    if size == "auto":  # the trainer has asked the plan before
+        raise UserError("train.micro_batch_size=auto needs a plan of this machine: give a number of rows")
     return size, layout.accumulation(size, recipe.global_batch_size, recipe.gradient_accumulation_steps)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from trainwright.data.loader import Batch, Loader
 from trainwright.data.prepare import prepare
 from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
+from trainwright.errors import UserError
 from trainwright.parallel.mesh import join_world
 from trainwright.parallel.pipeline import without_twins
 from trainwright.parallel.split import check_micro_batches
@@ -41,6 +42,7 @@ from trainwright.train.export import export_model, stop_ids
 from trainwright.train.journal import Journal
 from trainwright.train.nonfinite import NonFinite, account, find_nonfinite
 from trainwright.train.optimizer import build_optimizer
+from trainwright.train.planned import account_of_memory, fitted, predicted_beside_measured
 from trainwright.train.report import write_report
 from trainwright.train.run import RunResult, check_folder
 from trainwright.train.signals import StopRequest
@@ -50,18 +52,21 @@ from trainwright.train.trackers import check_tracker
 GARBAGE_STEPS = 100  # between collections: Python's own moments would stall one rank and so all
 
 
-def train(recipe: Recipe, *, resume: bool | int | None = None) -> RunResult:
+def train(recipe: Recipe, *, resume: bool | int | None = None, force: bool = False) -> RunResult:
     """Trains a recipe and returns what came of it; the run's folder holds everything.
 
     Args:
         resume: go on from the newest checkpoint (True) or from that of a step; default: what the recipe says.
+        force: try also what the plan says cannot fit.
 
     Raises:
         UserError: the recipe, the data, the disk or the training itself need the user. Checkpoints stay.
     """
-    trainer = Trainer(recipe, resume=resume)
+    trainer = Trainer(recipe, resume=resume, force=force)
     try:
         return trainer.run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"step {trainer.step + 1}: {account_of_memory(trainer.plan, error)}") from error
     finally:
         trainer.close()
 
@@ -69,9 +74,8 @@ def train(recipe: Recipe, *, resume: bool | int | None = None) -> RunResult:
 class Trainer:
     """A run and its parts. Made whole by the constructor, which also restores; `run` does the rest."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool | int | None = None) -> None:
+    def __init__(self, recipe: Recipe, *, resume: bool | int | None = None, force: bool = False) -> None:
         settings = recipe.train
-        self.recipe = recipe
         resume = settings.resume if resume is None else resume
         self.folder = check_folder(recipe, resume is not False)
         check_tracker(recipe.tracking.tracker)
@@ -80,6 +84,7 @@ class Trainer:
         self.template = find_template(recipe, self.tokenizer)
         set_deterministic(settings.deterministic)
         self.world = join_world(recipe.parallel)
+        self.recipe, self.plan = fitted(recipe, self.world, self.sources.config, force=force)
         self.watch = begin_watch(self.folder.ranks, self.world, recipe.parallel.timeout_minutes)
         seed_everything(settings.seed + self.world.data_rank)
         self._build_data()
@@ -96,7 +101,7 @@ class Trainer:
         self.checkpoint: Checkpoint | None = None
         if resume is not False:
             self._restore(None if resume is True else resume)
-        self.journal = Journal(self.folder, recipe, self.world, total_steps=self.total_steps, step=self.step)
+        self.journal = Journal(self.folder, self.recipe, self.world, total_steps=self.total_steps, step=self.step)
 
     def _build_data(self) -> None:
         """Rows, the loader over them, and from their number the length of the run."""
@@ -167,6 +172,9 @@ class Trainer:
             precision=self.recipe.train.precision,
             world=self.world,
         )
+        compared = predicted_beside_measured(self.plan, self.folder.metrics, self.world)
+        if compared is not None:
+            self.journal.say(f"planned and taken: {compared}")
         report = write_report(self.folder) if self.world.is_main else None
         self.journal.say(f"done: {model} is the model, {report} the report")
         return self._result(model=model, report=report)
