@@ -21,6 +21,7 @@ from trainwright.data.loader import Batch, Loader
 from trainwright.data.prepare import prepare
 from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
 from trainwright.errors import UserError
+from trainwright.parallel.layout import check_model
 from trainwright.parallel.mesh import join_world
 from trainwright.parallel.pipeline import without_twins
 from trainwright.parallel.split import check_micro_batches
@@ -85,6 +86,12 @@ class Trainer:
         set_deterministic(settings.deterministic)
         self.world = join_world(recipe.parallel)
         self.recipe, self.plan = fitted(recipe, self.world, self.sources.config, force=force)
+        check_model(
+            self.world.layout,
+            self.sources.config,
+            recipe.data.seq_len,
+            kv_replication=recipe.parallel.kv_replication,
+        )
         self.watch = begin_watch(self.folder.ranks, self.world, recipe.parallel.timeout_minutes)
         seed_everything(settings.seed + self.world.data_rank)
         self._build_data()
