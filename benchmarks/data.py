@@ -7,7 +7,7 @@ Peers: `datasets.map` (batched, a process a core) and then TRL's `pack_dataset`;
 (which does not pack). All read the same JSONL with the same tokenizer: the Python sources of the running interpreter
 as documents, and a byte-level BPE of 32,000 tokens trained on them. Each contender runs alone, in processes of its
 own; the clock is outside, and includes starting them. Memory is the highest sum, over all processes of a contender, of
-proportional set sizes (pages that processes share count once), sampled every 20 ms. CPU seconds are of all its
+proportional set sizes (pages that processes share count once), sampled ten times a second. CPU seconds are of all its
 processes and say what the clock cannot on a machine that does other work too.
 """
 
@@ -198,7 +198,7 @@ def measure(name: str, python: str, arguments: list[str]) -> dict[str, float] | 
     peak = 0
     while process.poll() is None:
         peak = max(peak, tree_bytes(process.pid))
-        time.sleep(0.02)
+        time.sleep(0.1)
     seconds = time.perf_counter() - started
     said, errors = process.communicate()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

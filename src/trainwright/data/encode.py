@@ -116,7 +116,7 @@ class Encoder:
             if ours != prompts:
                 break
             shared += 1
-        return Document(ids, [place >= shared for place in range(len(ids))], content_hash(sample))
+        return Document(ids, [False] * shared + [True] * (len(ids) - shared), content_hash(sample))
 
     def _with_eos(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_id
@@ -128,7 +128,7 @@ class Encoder:
         bos, ids = self.tokenizer.bos_id, document.ids
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
             self.counts["double_bos"] += 1
-        if "\ufffd" in sample.text or (sample.messages is not None and "\ufffd" in sample.content()):
+        if "\ufffd" in sample.text or any("\ufffd" in message["content"] for message in sample.messages or ()):
             self.counts["replaced_characters"] += 1
         stop = self.tokenizer.stop_ids if sample.messages is None else self.template.stop
         if ids and not _ends(document, stop):
@@ -141,8 +141,7 @@ def _ends(document: Document, stop: Sequence[int]) -> bool:
         return True
     if document.trained is None:
         return any(token in stop for token in document.ids[-3:])
-    last = next((place for place in reversed(range(len(document.ids))) if document.trained[place]), None)
-    return last is not None and document.ids[last] in stop
+    return any(document.trained) and document.ids[-1 - document.trained[::-1].index(True)] in stop
 
 
 def _is_text(sample: Sample) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,47 +31,53 @@ STOP = np.dtype([("place", "<i8"), ("target", "<i4")])
 class Document(NamedTuple):
     """One document as tokens. `trained` None: every token. `stops`: places in it that are to be predicted as `eos`."""
 
-    ids: Sequence[int]
-    trained: Sequence[bool] | None
+    ids: list[int]
+    trained: list[bool] | None
     hash: int
     stops: tuple[int, ...] = ()
     eos: int = IGNORED
 
 
 class ShardWriter:
-    """Writes a shard document by document. Only the records of its documents are held in memory."""
+    """Writes a shard document by document. Only the records of its documents are held in memory.
+
+    `documents`, `tokens` and `max_id` are figures of what was added.
+    """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix = str(prefix)
+        self.documents = self.tokens = self.max_id = 0
         self._indexed = IndexedWriter(prefix, dtype)
         self._bits = open(f"{prefix}.trained", "wb")  # noqa: SIM115  (closed by close)
         self._pending = np.zeros(0, bool)
         self._records: list[NDArray] = []
         self._stops: list[tuple[int, int]] = []
-        self._tokens = 0
         self._all_trained = True
 
     def add(self, documents: Sequence[Document]) -> None:
-        """Adds documents, none of them empty."""
+        """Adds documents, at least one and none of them empty."""
         lengths = np.fromiter((len(document.ids) for document in documents), np.int64, len(documents))
-        tokens = np.fromiter((token for document in documents for token in document.ids), np.int64, lengths.sum())
+        ids = chain.from_iterable(document.ids for document in documents)
+        tokens = np.fromiter(ids, np.int32, lengths.sum())
         records = np.zeros(len(documents), DOCUMENT)
         records["hash"] = [document.hash for document in documents]
         records["last"], records["trained"] = lengths - 1, lengths
         flags = np.ones(len(tokens), bool)
         start = 0
-        for number, (document, length) in enumerate(zip(documents, lengths, strict=True)):
+        for number, (document, length) in enumerate(zip(documents, lengths.tolist(), strict=True)):
             if document.trained is not None:
                 self._all_trained = False
                 mask = flags[start : start + length]
-                mask[:] = document.trained
+                mask[:] = np.frombuffer(bytes(document.trained), bool)
                 mask[list(document.stops)] = True
                 places = np.flatnonzero(mask)
                 first, last = (places[0], places[-1]) if len(places) else (-1, -1)
                 records[number] = (document.hash, first, last, len(places))
-            self._stops += [(self._tokens + start + place, document.eos) for place in document.stops]
+            self._stops += [(self.tokens + start + place, document.eos) for place in document.stops]
             start += length
-        self._tokens += len(tokens)
+        self.documents += len(documents)
+        self.tokens += len(tokens)
+        self.max_id = max(self.max_id, int(tokens.max()))
         self._indexed.add(tokens, lengths)
         self._records.append(records)
         self._write_bits(flags)

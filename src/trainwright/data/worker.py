@@ -103,12 +103,10 @@ class PartTokenizer:
                     documents.append(found)
             if documents:
                 writer.add(documents)
-                figures["documents"] += len(documents)
-                figures["tokens"] += sum(len(document.ids) for document in documents)
-                figures["max_id"] = max(figures["max_id"], *(max(document.ids) for document in documents))
             if ats:
                 progress((ats[-1] - part.start) / max(1, part.stop - part.start))
         writer.close()
+        figures += Counter(documents=writer.documents, tokens=writer.tokens, max_id=writer.max_id)
         write_json(prefix.with_suffix(".json"), {**figures, **self.encoder.counts, "bad": sorted(bad)})
 
     def _batches(
