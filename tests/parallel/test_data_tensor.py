@@ -15,6 +15,7 @@ from tests.parallel.test_mutants import replaced
 from tests.parallel.worlds import run, world_of
 from trainwright.adapt.lora import Lora, add_adapters
 from trainwright.adapt.setup import freeze_base, start_adapters
+from trainwright.errors import UserError
 from trainwright.model import init
 from trainwright.model.transformer import Transformer
 from trainwright.parallel import shard, tensor
@@ -182,3 +183,16 @@ def test_adapters(layout: Layout) -> None:
     floor = 1e-4 * max(float(grad.norm()) for grad in plain.values())
     for name, grad in plain.items():
         assert float((spread[name] - grad).norm()) <= TOLERANCE * max(float(grad.norm()), floor), name
+
+
+def refused() -> str:
+    case = Case("llama", TP2, (("async_tp", True),))
+    try:
+        trace_of(case)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_overlap_that_this_machine_has_not_is_refused() -> None:
+    assert "async_tp=true needs train.compile=true on CUDA, this is cpu" in run(2, refused)[0]

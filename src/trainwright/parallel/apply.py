@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig, linears
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
@@ -31,7 +32,7 @@ from trainwright.parallel.recompute import apply_recompute, hide_gathering
 from trainwright.parallel.sequence import apply_sequence
 from trainwright.parallel.shard import apply_fsdp
 from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs
-from trainwright.parallel.tensor import apply_tensor
+from trainwright.parallel.tensor import apply_tensor, overlap
 from trainwright.parallel.tiles import apply_tiles
 from trainwright.recipe.parallel import ParallelRecipe
 
@@ -74,6 +75,12 @@ def parallelize(
     layout, config = world.layout, model.config
     check_model(layout, config, seq_len, kv_replication=recipe.kv_replication)
     pp, tp, cp = world.axis("pp"), world.axis("tp"), world.axis("cp")
+    if recipe.async_tp and tp is not None:
+        if not compile_layers or world.device.type != "cuda":
+            raise UserError(
+                f"parallel.async_tp=true needs train.compile=true on CUDA, this is {world.device.type}: leave it out"
+            )
+        overlap(tp)
     cut, stages, rows = None, [model], None
     if pp is not None:
         cut = _cut(model, pp, recipe, world, DTYPES[precision], seq_len)

@@ -15,6 +15,7 @@ class ParallelRecipe(Section):
     dp_replicate: int = Field(1, ge=1, description="groups that hold a whole copy; shards live inside a group")
     zero: Literal[0, 1, 2, 3] = Field(3, description="what data ranks shard: 1 optimizer, 2 + gradients, 3 + weights")
     tp: int = Field(1, ge=1, description="tensor parallel degree, with sequence-parallel norms")
+    async_tp: bool = Field(False, description="overlap tp's collectives with matmuls (compiled layers on NVLink)")
     cp: int = Field(1, ge=1, description="context parallel degree: a sequence split over GPUs")
     cp_method: Literal["auto", "ulysses", "ring"] = Field("auto", description="how attention crosses the split")
     pp: int = Field(1, ge=1, description="pipeline stages")
