@@ -33,6 +33,7 @@ class TrainRecipe(Section):
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="compute type; fp16 scales the loss")
     master_weights: bool = Field(True, description="float32 weights and optimizer states beside bf16/fp16 compute")
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on GPUs")
+    cuda_graph: bool = Field(False, description="record a pass and replay it: for rows of up to about 2048 tokens")
     loss_chunk: int = Field(0, ge=0, description="tokens whose logits exist at once; 0 chooses")
     seed: int = Field(0, ge=0, description="weights, data order, dropout")
     deterministic: bool = Field(False, description="bit-exact repeats, at some cost in speed")

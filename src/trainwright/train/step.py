@@ -24,6 +24,7 @@ from trainwright.model.transformer import LossOutput
 from trainwright.parallel.mesh import World
 from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.shard import begin_micro_batch, grad_norm
+from trainwright.train.graph import GraphedPasses
 from trainwright.train.optimizer import Optimizers
 
 IGNORED = -100  # a label that is not trained
@@ -83,7 +84,9 @@ class TrainStep:
         *,
         max_grad_norm: float,
         loss_scale: LossScale,
+        graphs: GraphedPasses | None = None,
     ) -> None:
+        self.graphs = graphs
         self.model = model
         self.optimizers = optimizers
         self.world = world
@@ -125,7 +128,11 @@ class TrainStep:
         total = torch.zeros((), dtype=count.dtype, device=self.world.device)
         for number, batch in enumerate(batches, 1):
             begin_micro_batch(self.model, self.world, last=number == len(batches))
-            output = self.model(**to_inputs(batch, self.world.device))
+            given = to_inputs(batch, self.world.device)
+            if self.graphs is not None:
+                total += self.graphs(self.model, given, count, self.share, alone=len(batches) == 1)
+                continue
+            output = self.model(**given)
             self.share(output, count).backward()
             total += output.loss_sum.detach()
         return total

@@ -40,6 +40,7 @@ from trainwright.train.build import (
 from trainwright.train.checkpoint import Checkpoint, Checkpoints, SaveError
 from trainwright.train.evaluate import HeldOut, Interrupted
 from trainwright.train.export import export_model, stop_ids
+from trainwright.train.graph import GraphedPasses, check_graph
 from trainwright.train.journal import Journal
 from trainwright.train.nonfinite import NonFinite, account, find_nonfinite
 from trainwright.train.optimizer import build_optimizer
@@ -85,6 +86,8 @@ class Trainer:
         self.template = find_template(recipe, self.tokenizer)
         set_deterministic(settings.deterministic)
         self.world = join_world(recipe.parallel)
+        if settings.cuda_graph:
+            check_graph(self.world.device, alone=self.world.size == 1)
         self.recipe, self.plan = fitted(recipe, self.world, self.sources.config, force=force)
         check_model(
             self.world.layout,
@@ -153,6 +156,7 @@ class Trainer:
             self.world,
             max_grad_norm=settings.max_grad_norm,
             loss_scale=self.loss_scale,
+            graphs=GraphedPasses(self.optimizers.parameters) if settings.cuda_graph else None,
         )
         self.costs = build_costs(self.recipe, self.sources.config, self.model, self.world)
 
