@@ -138,8 +138,18 @@ class Job:
 
     @property
     def fsdp(self) -> bool:
-        """Whether weights are gathered from shards in the compute type (our own program on several processes)."""
-        return self.layout.world_size > 1 and self.program.weights_sharded_from == 1
+        """Whether weights are gathered from shards in the compute type: our own program on several processes, or with
+        states in host memory."""
+        return (self.layout.world_size > 1 or self.states_in_host) and self.program.weights_sharded_from == 1
+
+    @property
+    def states_in_host(self) -> bool:
+        """Whether weights, gradients and optimizer states wait in host memory, where the update runs."""
+        return self.recipe.parallel.offload in ("optimizer", "all")
+
+    @property
+    def activations_in_host(self) -> bool:
+        return self.recipe.parallel.offload in ("activations", "all")
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

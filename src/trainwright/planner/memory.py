@@ -139,20 +139,17 @@ class _Walk:
     # ---- what stands through a whole step
 
     def _base(self, *, gradients: bool) -> Parts:
-        states = self.states
+        states, here = self.states, 0 if self.job.states_in_host else 1
         parts = {
-            "weights": states.weights,
-            "quantized weights": states.quantized,
-            "adapters": states.adapters,
-            "optimizer": 0 if self._offloads("optimizer") else states.optimizer,
-            "gradients": states.gradients if gradients else 0,
+            "weights": here * states.weights,
+            "quantized weights": here * states.quantized,
+            "adapters": here * states.adapters,
+            "optimizer": here * states.optimizer,
+            "gradients": here * states.gradients if gradients else 0,
             "workspaces": int(self.program.workspace_gib * GIB),
             "communication": int(self.program.bucket_gib * GIB) if self.job.layout.world_size > 1 else 0,
         }
         return {name: size for name, size in parts.items() if size}
-
-    def _offloads(self, what: str) -> bool:
-        return self.job.recipe.parallel.offload in (what, "all")
 
     def _gathered(self, *, backward: bool) -> Parts:
         """Whole weights that exist beside the shards: those of running layers, or of all where they stay gathered."""
@@ -180,7 +177,9 @@ class _Walk:
     def _accumulated(self) -> Parts:
         """Gradients of earlier micro batches."""
         whole = self._whole(trained=True) * self.program.reduce
-        return {"gradients": whole if self._summed_once else self.states.gradients}
+        if self._summed_once:
+            return {"gradients": whole}
+        return {} if self.job.states_in_host else {"gradients": self.states.gradients}
 
     def _reducing(self) -> int:
         """Whole gradients of a layer before they are summed and sharded."""
@@ -207,6 +206,8 @@ class _Walk:
         """The moments of a micro batch that comes back while `in_flight` are kept."""
         held = {group.layer: self._held(group.layer) for group in self.groups}
         kept = sum(group.count * held[group.layer] for group in self.groups)
+        if self.job.activations_in_host:  # the last layer's stay, or one layer's are there and the next one's come
+            kept = min(kept, 2 * max(held.values(), default=0))
         base = self._base(gradients=False) | gradients
         everything = int(in_flight * kept) + self._outer_kept()
         loss = self._loss() if self.stage.head else {}
@@ -219,9 +220,10 @@ class _Walk:
     def _backward(self, standing: Parts, everything: int, held: dict[int, int]) -> Moment:
         """Layer by layer from the last: kept tensors go, gradients come (from the second micro batch on they are there
         already), and the running layer has its gradients and what it computes again."""
-        own = {group.layer: sum_states(self.job, group.parameters).gradients for group in self.groups}
+        device = 0 if self.job.states_in_host else 1
+        own = {group.layer: device * sum_states(self.job, group.parameters).gradients for group in self.groups}
         waiting = everything
-        come = sum_states(self.job, self.outer).gradients if self.stage.head else 0
+        come = device * sum_states(self.job, self.outer).gradients if self.stage.head else 0
         best: Moment | None = None
         for layer in sorted(self.stage.layers, reverse=True):
             kind = self.job.kinds[layer]
@@ -235,13 +237,11 @@ class _Walk:
             }
             here = Moment("backward", {name: size for name, size in parts.items() if size})
             best = here if best is None or here.total > best.total else best
-            waiting, come = waiting - held[kind], come + own[kind]
+            waiting, come = waiting - (0 if self.job.activations_in_host else held[kind]), come + own[kind]
         return best or Moment("backward", standing)
 
     def _held(self, layer: int) -> int:
         """What a layer keeps for its backward pass on the device."""
-        if self._offloads("activations"):
-            return 0
         activations, parallel = self.activations[layer], self.job.recipe.parallel
         held = activations.held(self.job.recompute)
         if self.job.recompute != "selective" or parallel.recompute_memory is None:
@@ -288,11 +288,9 @@ class _Walk:
         return stream + 2 * self.job.tokens * self.job.config.lm_head.in_features * self.program.compute
 
     def _optimizer(self) -> Moment:
+        """States and gradients, and what an optimizer that is not fused copies."""
         parts = self._base(gradients=True)
-        updated = self.states.gradients // max(1, self.program.gradient)
-        work = updated * self.program.optimizer_work
-        if self._offloads("optimizer"):
-            work += updated * 2 * self.program.moment
+        work = self.states.gradients // max(1, self.program.gradient) * self.program.optimizer_work
         return Moment("optimizer", parts | ({"optimizer's copies": work} if work else {}))
 
     def _evaluation(self) -> Moment:

@@ -210,10 +210,11 @@ def print_ranking(ranking: Ranking, console: Console | None = None) -> None:
         rate = f"{item.rate:,.0f}" if item.fits else "[red]does not fit[/red]"
         mfu = f"{item.speed.mfu:.1%}" if item.speed else ""
         bits = f" {item.recipe.quantize}" if item.recipe.quantize else ""
+        schedule = f" {item.recipe.parallel.pp_schedule}" if item.job.layout.pp > 1 else ""
         replicas = f" x{item.job.layout.dp_replicate}" if item.job.layout.dp_replicate > 1 else ""
         table.add_row(
             str(number),
-            f"{item.job.layout}{replicas}{bits}",
+            f"{item.job.layout}{replicas}{schedule}{bits}",
             str(item.job.layout.zero),
             f"{item.job.micro_batch} x {item.job.accumulation}",
             item.job.recompute,

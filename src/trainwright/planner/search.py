@@ -114,8 +114,11 @@ class _Search:
         long = [n for n in degrees if n == 1 or (n <= 64 and self.recipe.data.seq_len // n >= 4096)]
         deep = [n for n in degrees if n <= min(64, config.num_layers)]
         for tp, cp, pp, words in product(wide, long, deep, bits):
-            if world % (tp * cp * pp) == 0:
+            if world % (tp * cp * pp):
+                continue
+            for schedule in ("1f1b", "interleaved", "zbv") if pp > 1 else ("1f1b",):
                 axes: Words = {"parallel.tp": tp, "parallel.cp": cp, "parallel.pp": pp, **words}
+                axes["parallel.pp_schedule"] = schedule
                 yield from ({**axes, **more} for more in self._data_axes(config, world // (tp * cp * pp), cp, tp))
 
     def _data_axes(self, config: ModelConfig, data: int, cp: int, tp: int) -> Iterator[Words]:
@@ -125,7 +128,7 @@ class _Search:
         hybrid = data * cp > in_node and data % in_node == 0
         for replicate in (1, data // in_node) if hybrid else (1,):
             ranks = data // replicate * cp
-            for zero in (2, 3) if data * cp > 1 else (3,):
+            for zero in (1, 2, 3) if data * cp > 1 else (3,):
                 for ep in sorted({1, min(experts, ranks)}):
                     if ranks % ep == 0 and experts % ep == 0:
                         yield {"parallel.dp_replicate": replicate, "parallel.zero": zero, "parallel.ep": ep}

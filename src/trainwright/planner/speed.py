@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from trainwright.planner.activations import layer_activations
 from trainwright.planner.collectives import Wires
 from trainwright.planner.hardware import GIGA, TERA
 from trainwright.planner.job import Job, LayerGroup, Stage
@@ -85,10 +86,14 @@ def plan_speed(job: Job) -> SpeedPlan:
 
 def _bubble(job: Job, slowest: _StageTime) -> float:
     """Time that a stage waits for others to begin and end (Narayanan et al. 2021; Qi et al. 2024 for ZBV)."""
-    pp, schedule = job.layout.pp, job.recipe.parallel.pp_schedule
+    pp, parallel = job.layout.pp, job.recipe.parallel
     if pp == 1:
         return 0.0
-    share = {"1f1b": 1.0, "interleaved": 0.5, "zbv": 1 / 6}[schedule]
+    share = 1.0
+    if parallel.pp_schedule == "interleaved":
+        share = 1 / parallel.pp_stages
+    elif parallel.pp_schedule == "zbv":  # weight gradients fill the gaps where they are computed apart
+        share = 1 / 6 if parallel.recompute == "none" and not job.program.compiled else 1 / 2
     return (pp - 1) * slowest.micro_batch * share
 
 
@@ -132,6 +137,7 @@ class _StageTime:
         again = self._again(work)
         if again:
             parts["recompute"] = again
+        parts["activations to host"] = self._host_travel(work, group.layer)
         short = work.bound * (1 + again / (work.forward + work.backward + 1e-12)) - sum(parts.values())
         if short > 0:
             parts["host"] = short
@@ -148,6 +154,14 @@ class _StageTime:
         parts["weights' travel"] = shown + slowed
         return parts
 
+    def _host_travel(self, work: Work, layer: int) -> float:
+        """Kept tensors on their way to host memory and back, as far as computation does not hide it."""
+        job = self.job
+        if not job.activations_in_host:
+            return 0.0
+        one = layer_activations(job, layer).held(job.recompute) / (job.cluster.card.host_link * GIGA)
+        return max(0.0, one - work.forward) + max(0.0, one - work.backward)
+
     def _again(self, work: Work) -> float:
         """Seconds of recomputation."""
         if self.job.recompute == "full":
@@ -162,11 +176,12 @@ class _StageTime:
         gather = wires.all_gather("shard", elements * program.compute)
         sums = wires.reduce_scatter("shard", trained * program.reduce)
         sums += wires.all_reduce("replicate", trained * program.reduce / max(1, job.shards))
-        if job.layout.zero >= 3:
+        # A pipeline keeps weights gathered and sums gradients once a step, as ZeRO 0 and 1 do.
+        if job.layout.zero >= 3 and not (job.fsdp and job.layout.pp > 1):
             return gather, gather + sums
-        if job.layout.zero == 2 or job.layout.zero >= program.weights_sharded_from:
-            return gather / job.accumulation, sums
-        return 0.0, (wires.all_reduce("replicate", trained * program.reduce) + sums) / job.accumulation
+        once = job.layout.zero <= 1 or job.layout.pp > 1
+        sums = sums / job.accumulation if once else sums
+        return (gather / job.accumulation if job.fsdp else 0.0), sums
 
     def _activations_travel(self) -> tuple[float, float]:
         """Collectives on one layer's activations, which hide behind nothing."""
@@ -218,8 +233,16 @@ class _StageTime:
         states = stage_states(job, self.stage)
         bandwidth = job.cluster.card.bandwidth * GIGA * job.calibration.bandwidth
         trained = states.gradients / max(1, program.gradient)
+        if job.states_in_host:
+            return self._host_update(trained)
         moved = 2 * states.optimizer + 2 * states.gradients + 2 * trained * program.trained
-        seconds = moved / bandwidth + program.step_seconds
-        if job.recipe.parallel.offload in ("optimizer", "all"):
-            seconds += 2 * (states.optimizer + states.gradients) / (job.cluster.card.host_link * GIGA)
-        return seconds + trained / 1e9 * program.optimizer_seconds
+        return moved / bandwidth + program.step_seconds + trained / 1e9 * program.optimizer_seconds
+
+    def _host_update(self, trained: float) -> float:
+        """Weights up for every gather, gradients down, and an update that the host's memory bounds (about 100 GB/s for
+        all processes of a machine)."""
+        job, program = self.job, self.program
+        gathers = job.accumulation * 2 if job.layout.zero >= 3 else 1
+        travel = trained * (gathers * program.trained + program.gradient) / (job.cluster.card.host_link * GIGA)
+        here = min(job.cluster.gpus, job.cluster.gpus_per_node)
+        return travel + trained * 28 * here / (100 * GIGA)

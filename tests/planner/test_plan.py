@@ -1,0 +1,299 @@
+"""Plans as a whole: clusters, what makes a run fit, the search, and the command line."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from trainwright.cli import app
+from trainwright.errors import UserError
+from trainwright.planner.calibration import load_calibration, read_calibration, write_calibration
+from trainwright.planner.hardware import GIB, Cluster, card_named, cluster_of
+from trainwright.planner.plan import changed, largest_micro_batch, plan
+from trainwright.planner.search import search
+from trainwright.recipe.load import load_recipe
+
+BASE = {
+    "name": "planned",
+    "task": "sft",
+    "model": {"config": "meta-llama/Meta-Llama-3-8B", "tokenizer": "byte"},
+    "data": {"path": "shipped:arithmetic", "seq_len": 8192},
+    "train": {"steps": 1000, "global_batch_size": 64},
+}
+
+
+def recipe(*overrides):
+    return load_recipe(BASE, overrides)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(BASE))
+    return str(path)
+
+
+# ---- memory and speed move as they must
+
+
+def test_sharding_and_recomputation_save_memory():
+    def peak(gpus, *overrides):
+        return plan(recipe(*overrides), cluster_of("H200", gpus)).memory.allocated
+
+    assert peak(8) < peak(4) < peak(2)
+    assert peak(4, "parallel.zero=3") < peak(4, "parallel.zero=2") < peak(4, "parallel.zero=1")
+    assert peak(4, "parallel.recompute=full") < peak(4, "parallel.recompute=selective") < peak(4)
+    assert peak(4, "parallel.tp=2") < peak(4, "parallel.zero=2")
+    assert peak(4, "parallel.offload=all") < peak(4, "parallel.offload=optimizer") < peak(4)
+
+
+def test_longer_rows_and_larger_micro_batches_take_more():
+    def peak(*overrides):
+        return plan(recipe(*overrides), cluster_of("H200", 8)).memory.allocated
+
+    assert peak("data.seq_len=4096") < peak() < peak("data.seq_len=16384")
+    assert peak() < peak("train.micro_batch_size=2") < peak("train.micro_batch_size=4")
+
+
+def test_recomputation_bubbles_and_slow_links_cost_speed():
+    def rate(cluster, *overrides):
+        return plan(recipe(*overrides), cluster).speed.tokens_per_second_per_gpu
+
+    eight = cluster_of("H200", 8)
+    assert rate(eight, "parallel.recompute=full") < rate(eight, "parallel.recompute=selective") < rate(eight)
+    assert rate(eight, "parallel.pp=4") < rate(eight)
+    two_nodes = cluster_of("H200", 16)
+    slow = cluster_of("H200", 16, node_link=12.5)
+    assert rate(slow, "parallel.zero=3") < rate(two_nodes, "parallel.zero=3") <= rate(eight, "parallel.zero=3") * 1.001
+
+
+def test_parts_add_up_and_mfu_follows_from_the_rate():
+    made = plan(recipe(), cluster_of("H100", 8))
+    speed = made.speed
+    assert sum(speed.parts.values()) == pytest.approx(speed.step_seconds)
+    per_token = made.job.config.flops_per_token(8192, "palm")
+    assert speed.mfu == pytest.approx(speed.tokens_per_second_per_gpu * per_token / 989.4e12)
+    for stage in made.memory.stages:
+        assert all(size > 0 for size in stage.peak.parts.values())
+
+
+def test_known_rates_are_near():
+    """Public figures of fast systems on cards that the calibration was not measured on: within a quarter."""
+    fms = plan(
+        load_recipe(
+            {
+                **BASE,
+                "task": "pretrain",
+                "model": {"config": "meta-llama/Llama-2-7b", "tokenizer": "byte"},
+                "data": {"path": "shipped:arithmetic", "seq_len": 4096},
+                "train": {"steps": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 1},
+                "parallel": {"dp_replicate": 16},
+            }
+        ),
+        cluster_of("A100", 128),
+    )
+    assert fms.speed.tokens_per_second_per_gpu == pytest.approx(4550, rel=0.25)
+
+
+# ---- sizes of clusters
+
+
+def test_a_405b_on_sixteen_thousand_cards():
+    huge = load_recipe(
+        {
+            **BASE,
+            "task": "pretrain",
+            "model": {"config": "meta-llama/Llama-3.1-405B", "tokenizer": "byte"},
+            "train": {"tokens": 15_000_000_000_000, "global_batch_size": 2048},
+            "parallel": {
+                "tp": 8,
+                "pp": 16,
+                "zero": 1,
+                "recompute": "full",
+                "pp_schedule": "interleaved",
+                "pp_stages": 4,
+            },
+        }
+    )
+    made = plan(huge, cluster_of("H100", 16384), price=2.0)
+    assert made.job.cluster.nodes == 2048
+    assert made.job.layout.data_ranks == 128
+    assert len(made.memory.stages) == 16
+    assert made.fits
+    assert 0.2 < made.speed.mfu < 0.6  # Llama 3's own report says 0.38 to 0.43, without recomputation
+    assert made.length.money == pytest.approx(2 * made.length.gpu_hours)
+    assert made.length.tokens >= 15e12
+
+
+def test_groups_across_nodes_share_the_nodes_links():
+    cluster = Cluster(card_named("H200"), 64, 8, 400.0)
+    assert cluster.link(8) == 450
+    assert cluster.link(64) == 400
+    assert cluster.link(8, stride=8) == 50  # one card of each node, eight such groups
+    assert cluster.link(1) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("h200", "H200"), ("A100-40", "A100-40"), ("a100", "A100-80"), ("3090", "RTX 3090"), ("bi-v150", "BI-V150")],
+)
+def test_cards_are_found_by_what_people_write(text, name):
+    assert card_named(text).name == name
+    assert card_named(text, memory_gib=10).memory_gib == 10
+
+
+def test_unknown_cards_and_sizes_get_one_line():
+    with pytest.raises(UserError, match="H100"):
+        card_named("H1OO")
+    with pytest.raises(UserError, match="--memory-gib -1"):
+        card_named("H100", memory_gib=-1)
+    with pytest.raises(UserError, match="--gpus 0"):
+        cluster_of("H100", 0)
+
+
+# ---- what makes it fit
+
+
+def test_advice_fits_and_says_its_cost():
+    made = plan(recipe("train.micro_batch_size=4"), cluster_of("H100", 8))
+    assert not made.fits
+    assert made.advice
+    same = [change for change in made.advice if change.same_result]
+    assert same == sorted(same, key=lambda change: -change.speed)
+    for change in made.advice:
+        words = dict(change.overrides)
+        gpus = words.pop("gpus", 8)
+        again = plan(changed(made.recipe, words), cluster_of("H100", gpus))
+        assert again.fits
+        assert again.job.global_batch == made.job.global_batch
+        assert again.memory.free / GIB == pytest.approx(change.free_gib, abs=0.01)
+
+
+def test_no_advice_for_what_fits():
+    assert plan(recipe(), cluster_of("H200", 8)).advice == []
+
+
+def test_the_largest_micro_batch_is_the_largest_that_fits():
+    cluster = cluster_of("H200", 8)
+    size = largest_micro_batch(recipe("parallel.recompute=full"), cluster)
+    assert plan(recipe("parallel.recompute=full", f"train.micro_batch_size={size}"), cluster).fits
+    larger = (
+        plan(recipe("parallel.recompute=full", f"train.micro_batch_size={2 * size}"), cluster) if size < 8 else None
+    )
+    assert larger is None or not larger.fits
+
+
+def test_auto_is_planned():
+    made = plan(recipe("train.micro_batch_size=auto"), cluster_of("H200", 8))
+    assert made.fits
+    assert made.job.micro_batch * made.job.accumulation * 8 == 64
+
+
+def test_quantized_adapters_fit_a_small_card():
+    little = ["adapter.rank=64", "quantize=nf4", "data.seq_len=512", "parallel.recompute=full"]
+    made = plan(recipe(*little, "train.global_batch_size=8"), cluster_of("3090", 1, memory_gib=12))
+    assert made.fits
+    assert {"quantized weights", "adapters"} <= set(made.memory.fullest.peak.parts)
+
+
+# ---- the search
+
+
+def test_the_search_ranks_and_explains():
+    ranking = search(recipe(), cluster_of("H100", 8), keep=50)
+    rates = [candidate.rate for candidate in ranking.candidates]
+    assert rates == sorted(rates, reverse=True)
+    assert ranking.best is ranking.candidates[0]
+    assert ranking.best.why == ""
+    assert all(candidate.why for candidate in ranking.candidates[1:])
+    losers = [candidate for candidate in ranking.candidates if not candidate.fits]
+    assert all("GiB too much in" in candidate.why for candidate in losers)
+    assert all(candidate.job.global_batch == 64 for candidate in ranking.candidates)
+
+
+def test_the_search_finds_a_way_for_a_large_model():
+    large = recipe("model.config=meta-llama/Meta-Llama-3-70B")
+    assert not plan(large, cluster_of("H100", 16)).fits
+    best = search(large, cluster_of("H100", 16)).best
+    assert best is not None
+    assert best.as_plan().fits
+
+
+def test_the_search_chooses_bits_for_adapters():
+    ranking = search(recipe("adapter.rank=16", "data.seq_len=2048"), cluster_of("RTX 4090", 1), keep=50)
+    assert {candidate.recipe.quantize for candidate in ranking.candidates} == {None, "nf4", "int8", "fp8"}
+
+
+def test_a_batch_that_nothing_divides():
+    with pytest.raises(UserError, match=r"change train\.global_batch_size or --gpus"):
+        search(recipe("train.global_batch_size=5"), cluster_of("H100", 7))
+
+
+# ---- calibration
+
+
+def test_own_measurements_come_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINWRIGHT_CALIBRATION", str(tmp_path))
+    shipped = load_calibration(card_named("H200"))
+    assert shipped.measured
+    from dataclasses import replace
+
+    path = write_calibration(replace(shipped, source="this machine", matmul={"bf16": 0.5}))
+    assert read_calibration(path).matmul == {"bf16": 0.5}
+    assert load_calibration(card_named("H200")).source == "this machine"
+
+
+def test_unmeasured_cards_say_whose_efficiencies_they_borrow():
+    found = load_calibration(card_named("MI300X"))
+    assert found.source.startswith("borrowed from H100")
+    assert not found.measured
+
+
+def test_a_broken_calibration_is_named(tmp_path):
+    path = tmp_path / "h200.yaml"
+    path.write_text("card: H200\nspeed: 3\n")
+    with pytest.raises(UserError, match=r"h200.yaml: a calibration has the keys"):
+        read_calibration(path)
+
+
+# ---- the command line
+
+
+def test_the_verb_prints_the_whole_plan(file):
+    result = CliRunner().invoke(app, ["plan", file, "--gpu", "H200", "--gpus", "8", "--price", "3"])
+    assert result.exit_code == 0
+    for word in ("8,030,261,248 parameters", "tokens/s/GPU", "allocated", "fits", "GPU hours", "efficiencies"):
+        assert word in result.stdout
+
+
+def test_json_and_exit_status(file):
+    result = CliRunner().invoke(app, ["plan", file, "--gpu", "3090", "--json"])
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert not found["fits"]
+    assert found["memory"]["needed_gib"] > found["memory"]["capacity_gib"]
+    assert sum(found["memory"]["parts_gib"].values()) == pytest.approx(found["memory"]["peak_memory_gib"])
+
+
+def test_the_best_layout_is_written_as_a_recipe(file, tmp_path):
+    target = tmp_path / "best.yaml"
+    words = ["plan", file, "--gpu", "H100", "--gpus", "8", "--search", "--write", str(target)]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    best = load_recipe(str(target))
+    assert plan(best, cluster_of("H100", 8)).fits
+    refused = CliRunner().invoke(app, words)
+    assert "exists" in str(refused.exception)
+
+
+def test_it_answers_in_two_seconds_without_torch(file):
+    words = ["plan", file, "--gpu", "H200", "--gpus", "64", "--json"]
+    code = f"import sys; from trainwright.cli import app; app({words!r}, standalone_mode=False)"
+    check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
+    start = time.process_time(), time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1] == "False"
+    assert json.loads(done.stdout)["fits"]
+    assert time.perf_counter() - start[1] < 20  # a loaded machine; alone it takes half a second
