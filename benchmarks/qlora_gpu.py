@@ -1,0 +1,281 @@
+"""Fine-tuning in little memory on one GPU: ours beside transformers + PEFT + bitsandbytes + Liger, and Unsloth.
+
+    python benchmarks/qlora_gpu.py [--rows 512,8192,...] [--sides ours,hf,unsloth] [--folder /tmp/qlora]
+
+Random Llama-3-8B, rank 64 on all linear layers (the last row: Llama-2-7B, rank 8), random tokens, one table: median of
+the measured steps, peak allocated memory of a whole step. Each line is a process of its own. Peers read the random
+model from a folder that is written first; ours draws its own, but in the rows where both print a first loss, which must
+agree: at the beginning adapters add nothing, and nf4 is the same numbers.
+
+Peers' memory is given with torch's fused AdamW (the run that is timed) and, in a second pass, with bitsandbytes'
+AdamW8bit. Needs one CUDA GPU and, for peers, these packages where Python finds them (none of their other needs is
+imported): transformers, peft, accelerate, bitsandbytes, liger-kernel, trl, datasets, dill, multiprocess, unsloth and
+unsloth_zoo. Rows: 512, 8192, lora, fp8, long, int8, load. All of them take about 12 minutes; 512,8192,load about 6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+LLAMA3: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "bos_token_id": 128000,
+    "eos_token_id": 128001, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA2: dict[str, Any] = {
+    **LLAMA3, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000, "rope_theta": 10000.0,
+    "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
+LITTLE = {"quantize_tables": "nf4", "train": {"optimizer": "adamw8bit"}}
+ROWS: dict[str, dict[str, Any]] = {
+    "512": {"seq_len": 512, "steps": 12, "warmup": 6},
+    "8192": {"seq_len": 8192},
+    "lora": {"seq_len": 8192, "quantize": None, "peer_recompute": False},
+    "fp8": {"seq_len": 8192, "quantize": "fp8", "peers": False},
+    "long": {"seq_len": 81920, "peers": False, "cap_gib": 24, "steps": 1, "warmup": 1},
+    "int8": {"seq_len": 512, "batch": 8, "rank": 8, "quantize": "int8", "keys": LLAMA2, "unsloth": False},
+    "load": {"seq_len": 512, "peers": False},
+}
+# What ours sets in each row, by the name of the line.
+OURS: dict[str, dict[str, dict[str, Any]]] = {
+    "512": {
+        "little memory": {**LITTLE, "parallel": {"recompute": "full"}},
+        "fast": {"path": True},
+        "fast, graph": {"train": {"cuda_graph": True}},
+        "fast, little, graph": {**LITTLE, "train": {"optimizer": "adamw8bit", "cuda_graph": True}},
+    },
+    "8192": {
+        "little memory": {
+            **LITTLE, "parallel": {"recompute": "full", "offload": "activations", "mlp_tokens": 4096},
+        },
+        "24 GiB": {**LITTLE, "parallel": {"recompute": "selective", "recompute_memory": 13.0}},
+        "any memory": {},
+    },
+    "lora": {"any memory": {}},
+    "fp8": {"any memory": {}},
+    "long": {
+        f"{tokens:,} tokens": {
+            **LITTLE, "seq_len": tokens,
+            "parallel": {"recompute": "full", "offload": "activations", "mlp_tokens": 8192},
+        }
+        for tokens in (81920, 131072, 204800)
+    },
+    "int8": {
+        "12.6 GB": {"parallel": {"recompute": "selective", "recompute_memory": 4.0}},
+        "little memory": {"train": {"optimizer": "adamw8bit"}, "parallel": {"recompute": "full"}},
+    },
+    "load": {"streamed, nf4": {**LITTLE, "path": True, "parallel": {"recompute": "full"}}},
+}  # fmt: skip
+
+
+def row_of(name: str) -> dict[str, Any]:
+    defaults = {"batch": 1, "rank": 64, "quantize": "nf4", "keys": LLAMA3, "steps": 5, "warmup": 3}
+    return {**defaults, **ROWS[name]}
+
+
+def tokens_of(row: dict[str, Any], seq_len: int) -> Any:
+    """Random ids on the CPU, the same for every side."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, 300, (row["batch"], seq_len), generator=generator)
+
+
+# ---- ours ----
+
+
+def ours(row: dict[str, Any], settings: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The trainer's own model, optimizer and step, without data, checkpoints and export."""
+    import torch
+
+    from trainwright.data.loader import Batch
+    from trainwright.model.checkpoint import load_config
+    from trainwright.parallel.mesh import join_world
+    from trainwright.recipe.load import load_recipe
+    from trainwright.train.build import Sources, adapt, build_model
+    from trainwright.train.graph import GraphedPasses
+    from trainwright.train.optimizer import build_optimizer
+    from trainwright.train.step import LossScale, TrainStep
+
+    seq_len = settings.get("seq_len", row["seq_len"])
+    keys = {**row["keys"], "max_position_embeddings": max(seq_len, row["keys"]["max_position_embeddings"])}
+    read = Path(folder) if settings.get("path") else None
+    where = {"path": folder} if read else {"config": keys, "tokenizer": "byte"}
+    recipe = load_recipe(
+        {
+            "model": where,
+            "adapter": {"rank": row["rank"], "alpha": 2.0 * row["rank"]},
+            "quantize": row["quantize"],
+            "quantize_tables": settings.get("quantize_tables"),
+            "data": {"path": "unused", "seq_len": seq_len},
+            "train": {"steps": 1, "learning_rate": 1e-4, **settings.get("train", {})},
+            "parallel": settings.get("parallel", {}),
+        }
+    )
+    world = join_world(recipe.parallel)
+    sources = adapt(Sources(load_config(read or keys), None, read), recipe)  # type: ignore[arg-type]
+    begin = time.perf_counter()
+    model, _ = build_model(recipe, sources, world)
+    built = {"built_s": time.perf_counter() - begin, "built_gib": torch.cuda.max_memory_allocated() / GIB}
+    train = recipe.train
+    optimizers = build_optimizer(model, train.optimizer, betas=train.betas, eps=train.eps, weight_decay=0.0)
+    graphs = GraphedPasses(optimizers.parameters) if train.cuda_graph else None
+    step = TrainStep(model, optimizers, world, max_grad_norm=1.0, loss_scale=LossScale(False), graphs=graphs)
+    ids = tokens_of(row, seq_len)
+    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
+    positions = torch.arange(seq_len).expand_as(ids)
+    batch = Batch(ids, labels, positions, None)
+    return {**measure(lambda: step([batch], 1e-4).loss, row, row["batch"] * seq_len), **built}
+
+
+# ---- peers ----
+
+
+def peer(side: str, row: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A peer's step: forward, backward, clipping, fused AdamW over float32 adapters; then memory with 8-bit states."""
+    if side == "unsloth":
+        from benchmarks.peers.unsloth_lora import build
+    else:
+        from benchmarks.peers.hf import build
+    import torch
+
+    model, loss_of = build(folder, {**row, "recompute": row.get("peer_recompute", True)})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = tokens_of(row, row["seq_len"]).cuda()
+
+    def step(optimizer: torch.optim.Optimizer) -> Callable[[], float]:
+        def run() -> float:
+            loss = loss_of(ids)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.item()
+
+        return run
+
+    optimizer: Any = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    result = measure(step(optimizer), row, row["batch"] * row["seq_len"])
+    del optimizer
+    gc.collect()
+    from bitsandbytes.optim import AdamW8bit
+
+    little = measure(step(AdamW8bit(trained, lr=1e-4, weight_decay=0.0)), {**row, "warmup": 1, "steps": 1}, 1)
+    return {**result, "little_gib": little["peak_gib"]}
+
+
+def measure(step: Callable[[], float], row: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Median seconds of a step, peak memory, the first loss."""
+    import torch
+
+    first = step()
+    for _ in range(row["warmup"] - 1):
+        step()
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(row["steps"]):
+        begin = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    taken = statistics.median(seconds)
+    return {
+        "first_loss": first,
+        "step_s": taken,
+        "tokens_per_s": tokens / taken,
+        "samples_per_s": row["batch"] / taken,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+    }
+
+
+# ---- one process a line ----
+
+
+def one(side: str, name: str, line: str, folder: str) -> None:
+    import torch
+
+    row = row_of(name)
+    if row.get("cap_gib"):
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(row["cap_gib"] * GIB / total)
+    result = ours(row, OURS[name][line], folder) if side == "ours" else peer(side, row, folder)
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def run(side: str, name: str, line: str, folder: str) -> dict[str, Any]:
+    """The line's result, or why there is none."""
+    words = [sys.executable, str(Path(__file__)), "--one", side, name, line, "--folder", folder]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    settings = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **settings}, timeout=300)
+    except subprocess.TimeoutExpired:
+        return {"why": "not done after 300 s"}
+    found = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
+    if found:
+        return dict(json.loads(found[-1].removeprefix("RESULT ")))
+    text = done.stderr + done.stdout
+    if "OutOfMemoryError" in text or "CUDA out of memory" in text:
+        return {"why": "out of memory"}
+    last = [line for line in text.strip().splitlines() if line.strip()]
+    return {"why": " | ".join(last[-3:])[-300:]}
+
+
+def show(name: str, side: str, line: str, found: dict[str, Any]) -> None:
+    if "why" in found:
+        print(f"| {name} | {side} {line} | {found['why']} |", flush=True)
+        return
+    little = f" ({found['little_gib']:.2f} with 8-bit states)" if "little_gib" in found else ""
+    built = f" built in {found['built_s']:.0f} s, {found['built_gib']:.2f} GiB" if "built_s" in found else ""
+    print(
+        f"| {name} | {side} {line} | {found['tokens_per_s']:,.0f} | {found['samples_per_s']:.2f} | "
+        f"{found['step_s'] * 1000:,.1f} | {found['peak_gib']:.2f}{little} | {found['first_loss']:.4f} |{built}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--sides", default="ours,hf,unsloth")
+    parser.add_argument("--folder", default="/tmp/qlora")
+    parser.add_argument("--one", nargs=3, metavar=("SIDE", "ROW", "LINE"))
+    arguments = parser.parse_args()
+    if arguments.one:
+        one(*arguments.one, arguments.folder)
+        return
+    print("| row | side | tokens/s | samples/s | ms a step | peak GiB | first loss |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    sides = arguments.sides.split(",")
+    for name in arguments.rows.split(","):
+        row = row_of(name)
+        folder = str(Path(arguments.folder) / ("llama3" if row["keys"] is LLAMA3 else "llama2"))
+        peers = [side for side in sides if side != "ours" and row.get("peers", True) and row.get(side, True)]
+        reads = "ours" in sides and any(settings.get("path") for settings in OURS[name].values())
+        if (peers or reads) and not Path(folder, "config.json").exists():
+            words = f"from benchmarks.peers.hf import *; write_random_model({folder!r}, {row['keys']!r})"
+            path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+            subprocess.run([sys.executable, "-c", words], env={**os.environ, "PYTHONPATH": path}, check=True)
+        for line in OURS[name] if "ours" in sides else ():
+            show(name, "ours", line, run("ours", name, line, folder))
+        for side in peers:
+            show(name, side, "", run(side, name, "-", folder))
+
+
+if __name__ == "__main__":
+    main()
