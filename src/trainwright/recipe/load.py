@@ -72,7 +72,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         layers = _with_bases(layers[0], Path.cwd(), ())
     else:
         path = find(str(source))
-        origin, layers = str(source), _with_bases(_read(path), path.parent, (path,))
+        origin, layers = str(source), _with_bases(read_mapping(path), path.parent, (path,))
     layers += [_override(word) for word in overrides]
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -85,8 +85,7 @@ def validate(values: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_one_line(dict(problem)) for problem in error.errors()]
-        raise UserError(f"{origin}: {'; '.join(dict.fromkeys(lines))}") from None
+        raise UserError(f"{origin}: {problems(error, Recipe)}") from None
 
 
 def find(name: str) -> Path:
@@ -106,18 +105,21 @@ def find(name: str) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, what: str = "recipe", first: str = "task") -> dict[str, Any]:
+    """The keys of a YAML or JSON file, `what` in errors. Raises UserError that says where the file is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_RecipeYaml)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a recipe: {error}") from None
+        raise UserError(f"{path}: cannot be read as a {what}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UserError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys, this is {type(values).__name__}: start with `task:`")
+        raise UserError(
+            f"{path}: a {what} is a mapping of keys, this is {type(values).__name__}: start with `{first}:`"
+        )
     return values
 
 
@@ -133,7 +135,7 @@ def _with_bases(values: dict[str, Any], folder: Path, seen: tuple[Path, ...]) ->
         raise UserError(
             f"base: {base} inherits from itself ({' -> '.join(p.name for p in (*seen, path))}): break the loop"
         )
-    return [*_with_bases(_read(path), path.parent, (*seen, path)), values]
+    return [*_with_bases(read_mapping(path), path.parent, (*seen, path)), values]
 
 
 def _override(word: str) -> dict[str, Any]:
@@ -189,12 +191,17 @@ def _merge_list(items: list[Any], changes: Mapping[str, Any], path: str) -> list
     return merged
 
 
-def _one_line(problem: dict[str, Any]) -> str:
+def problems(error: ValidationError, root: type[BaseModel]) -> str:
+    """Everything that pydantic found wrong in a tree of `root`, on one line."""
+    return "; ".join(dict.fromkeys(_one_line(dict(problem), root) for problem in error.errors()))
+
+
+def _one_line(problem: dict[str, Any], root: type[BaseModel]) -> str:
     """One pydantic problem as key, value, limit and fix."""
     location = [part for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "constrained-"))]
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
+        section = _section_at(location[:-1], root)
         known = list(section.model_fields) if section else []
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         fix = f"did you mean {nearest[0]}?" if nearest else f"known keys there: {', '.join(known)}"
@@ -207,9 +214,9 @@ def _one_line(problem: dict[str, Any]) -> str:
     return f"{key}={problem['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
-def _section_at(location: list[Any]) -> type[BaseModel] | None:
-    """The recipe section that a location of pydantic's leads to."""
-    section: type[BaseModel] | None = Recipe
+def _section_at(location: list[Any], root: type[BaseModel]) -> type[BaseModel] | None:
+    """The section of `root` that a location of pydantic's leads to."""
+    section: type[BaseModel] | None = root
     for part in location:
         if section is None or isinstance(part, int) or part not in section.model_fields:
             continue
