@@ -64,10 +64,10 @@ def account_of_memory(made: Plan, error: torch.OutOfMemoryError) -> str:
     """What to say when the device ran out: the plan's account of the phase it ran out in."""
     text = str(error)
     asked, free = _gib(r"Tried to allocate ([\d.]+) (\w+)", text), _gib(r"of which ([\d.]+) (\w+) is free", text)
-    return out_of_memory(made, _phase(error), asked_gib=asked, free_gib=free)
+    return out_of_memory(made, phase_of(error), asked_gib=asked, free_gib=free)
 
 
-def _phase(error: BaseException) -> str:
+def phase_of(error: BaseException) -> str:
     """Where in a step an error came from, by the functions it passed."""
     frames = traceback.extract_tb(error.__traceback__)
     names = {frame.name for frame in frames}
