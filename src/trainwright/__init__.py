@@ -19,6 +19,7 @@ _WHERE = {
     "generate": "trainwright.model.generate",
     "load_tokenizer": "trainwright.data.tokenizer",
     "prepare": "trainwright.data.prepare",
+    "plan": "trainwright.planner.plan",
 }
 __all__ = [*sorted(_WHERE), "train"]
 

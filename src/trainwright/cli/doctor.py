@@ -1,8 +1,13 @@
 """`trainwright doctor`: what this machine has and what is missing."""
 
 import json
+import os
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
 
 from trainwright.cli.options import Json, print_table
 
@@ -26,8 +31,19 @@ def installed(name: str) -> str | None:
         return None
 
 
-def doctor(as_json: Json = False) -> None:
-    """What this machine has, what is missing, and which kernel each operation takes."""
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="measure what the device really reaches; later plans take it")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """What this machine has, what is missing, and which kernel each operation takes.
+
+    With --measure: matrix products, attention, copies, and under torchrun the links between the processes.
+    """
+    if measure:
+        _measure(as_json)
+        return
     import torch
 
     from trainwright.device import describe_devices
@@ -53,3 +69,30 @@ def doctor(as_json: Json = False) -> None:
     for name, version_found in packages.items():
         table.add_row(name, version_found or f"[yellow]absent[/yellow]: {escape(OPTIONAL[name])}")
     print_table(table)
+
+
+def _measure(as_json: bool) -> None:
+    """Measures, prints the shares of the datasheet's figures, and writes them where plans find them."""
+    from trainwright.bench.measure import measure
+    from trainwright.planner.calibration import write_calibration
+
+    first = os.environ.get("RANK", "0") == "0"
+    found = measure(lambda line: print(f"measuring {line}", file=sys.stderr) if first else None)
+    if not first:
+        return
+    path = write_calibration(found)
+    if as_json:
+        print(json.dumps({**asdict(found), "file": str(path)}))
+        return
+    from rich.table import Table
+
+    table = Table("share of the datasheet", "", box=None, header_style="bold")
+    for dtype, share in found.matmul.items():
+        table.add_row(f"matrix products, {dtype}", f"{share:.1%}")
+    for name, shares in found.attention.items():
+        table.add_row(f"attention, {name}, forward and backward", f"{shares.forward:.1%}, {shares.backward:.1%}")
+    table.add_row("memory bandwidth", f"{found.bandwidth:.1%}")
+    table.add_row("links inside a machine, between machines", f"{found.link:.1%}, {found.node_link:.1%}")
+    table.add_row("one kernel's start", f"{found.launch * 1e6:.1f} us")
+    print_table(table)
+    print(f"wrote {path}: plans of {found.card} take it from now on")
