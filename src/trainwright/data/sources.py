@@ -1,7 +1,8 @@
 """A source of the recipe to the files behind it, with their format: `resolve`.
 
-Owns paths, folders, globs, `datasets` folders, hub ids and the shipped data set, finding the format by looking at the
-first row, and the fingerprint of a source. Reading rows is in readers.py; Megatron's .bin/.idx in indexed.py.
+Owns paths, folders, globs, `datasets` folders, hub ids, the shipped data set and made tokens, finding the format by
+looking at the first row, and the fingerprint of a source. Reading rows is in readers.py; Megatron's .bin/.idx in
+indexed.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from urllib.parse import parse_qsl
 
 from trainwright.data.arithmetic import Arithmetic
 from trainwright.data.formats import BadRow, detect
+from trainwright.data.made import MadeTokens
 from trainwright.data.readers import DataFile, RowReader, look, places
 from trainwright.errors import UserError
 
@@ -65,12 +67,14 @@ def resolve(source: SourceRecipe, shipped: Path, max_line_bytes: int) -> Source:
         UserError: nothing is there, it is empty, or no format fits.
     """
     spec, path = source.path, source.path
+    if spec.startswith("made:"):
+        return Source(spec, "indexed", indexed=(str(_write_made(spec, shipped)),))
     if spec.startswith("shipped:"):
         path = str(_write_shipped(spec, source.split, shipped))
     elif spec.startswith("hf:"):
         path = str(_download(spec))
     elif re.match(r"[a-z]+:", spec) and not os.path.exists(spec):
-        raise UserError(f"data path {spec!r}: {spec.partition(':')[0]}: is unknown, use a path, shipped: or hf:")
+        raise UserError(f"data path {spec!r}: {spec.partition(':')[0]}: is unknown, use a path, shipped:, made: or hf:")
     if source.format == "indexed" or path.endswith((".bin", ".idx")):
         return Source(spec, "indexed", indexed=_indexed_prefixes(path))
 
@@ -224,6 +228,23 @@ def _write_shipped(spec: str, split: str | None, folder: Path) -> Path:
         partial.write_text(written, encoding="utf-8")
         partial.replace(path)
     return path
+
+
+def _write_made(spec: str, folder: Path) -> Path:
+    """Made tokens as a .bin/.idx pair, written once for each choice of settings; -> its prefix."""
+    name, _, words = spec.removeprefix("made:").partition("?")
+    if name != "tokens":
+        raise UserError(f"{spec} cannot be made: use made:tokens?rows=64&length=512&vocab=32000")
+    made = MadeTokens.parse(dict(parse_qsl(words, keep_blank_values=True)))
+    prefix = folder / f"tokens-{hashlib.sha256(repr(made).encode()).hexdigest()[:12]}"
+    index = prefix.with_name(f"{prefix.name}.idx")
+    if not index.exists():  # the index comes last: where it is, the tokens are
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = prefix.with_name(f"{prefix.name}-{os.getpid()}")
+        made.write(partial)
+        for suffix in (".bin", ".idx"):
+            partial.with_name(partial.name + suffix).replace(prefix.with_name(prefix.name + suffix))
+    return prefix
 
 
 def _download(spec: str) -> Path:

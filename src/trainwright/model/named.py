@@ -335,6 +335,15 @@ def find(name: str) -> NamedModel | None:
     return None
 
 
+def of_hub(path: str) -> NamedModel | None:
+    """The named model behind a hub id such as hf:meta-llama/Llama-2-7b-hf@main: its shape without the network."""
+    kind, colon, rest = path.partition(":")
+    if not colon or kind not in ("hf", "modelscope"):
+        return None
+    name = rest.partition("@")[0].rpartition("/")[2].lower()
+    return find(name) or find(name.removesuffix("-hf"))
+
+
 def unknown(name: str) -> UserError:
     """What to say about a name that is neither a model nor a file."""
     short = [row.name.split("/")[1].lower() for row in named_models()]

@@ -6,6 +6,7 @@ Owns the same steps that training takes before it builds (`train/build.py`), wit
 from __future__ import annotations
 
 from trainwright.adapt.rewrite import adapted_config
+from trainwright.model import named
 from trainwright.model.config import ModelConfig
 from trainwright.model.source import load_config
 from trainwright.parallel.layout import Layout, check_model
@@ -19,7 +20,8 @@ from trainwright.recipe.schema import Recipe
 def model_config(recipe: Recipe) -> ModelConfig:
     """The tree that training builds: sizes, adapters, fewer bits."""
     model = recipe.model
-    source = model.path or model.config or {}
+    known = named.of_hub(model.path) if model.path else None  # a plan needs no network where the shape is known
+    source = (known.name if known else model.path) or model.config or {}
     if isinstance(source, dict) and "vocab_size" not in {**source, **model.overrides} and model.tokenizer:
         source = {"vocab_size": _vocabulary(model.tokenizer), **source}
     config = load_config(source, model.family, model.overrides)

@@ -22,7 +22,8 @@ class SourceRecipe(Section):
     """One source of samples."""
 
     path: str = Field(
-        description="file, folder, glob, `shipped:arithmetic?rows=500`, or a hub id: hf:owner/name[@revision][:glob]"
+        description="file, folder, glob, `shipped:arithmetic?rows=500`, `made:tokens?rows=64&length=512&vocab=32000`, "
+        "or a hub id: hf:owner/name[@revision][:glob]"
     )
     format: DataFormat = Field("auto", description="auto looks at the first rows; indexed is Megatron's .bin/.idx")
     split: str | None = Field(None, description="split of a hub data set or a `datasets` folder")
