@@ -57,11 +57,12 @@ def first_host(nodes: str) -> str:
     return match[1] + first
 
 
-def run_processes(count: int, command: Sequence[str], folder: Path) -> int:
+def run_processes(count: int, command: Sequence[str] | Callable[[], None], folder: Path) -> int:
     """Runs `command` as `count` processes of one machine that find each other; returns the exit status.
 
-    Output of rank 0 is the screen's, that of the others goes to files under `folder`. When one ends badly, all do, and
-    one line says why. SIGINT and SIGTERM go to all of them, who save and leave.
+    A function runs in forks of this process, which therefore must not have touched a device. Output of rank 0 is the
+    screen's, that of the others goes to files under `folder`. When one ends badly, all do, and one line says why.
+    SIGINT and SIGTERM go to all of them, who save and leave.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -84,10 +85,12 @@ def run_processes(count: int, command: Sequence[str], folder: Path) -> int:
             local_addr="localhost",
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, count), Std.ALL)),
             signals_to_handle="SIGQUIT",  # the others are ours: a run that is stopped saves first
+            start_method="fork",
         )
         forward = {number: signal.signal(number, _forward_to(folder)) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            elastic_launch(config, entrypoint=command[0])(*command[1:])
+            entry, words = (command, ()) if callable(command) else (command[0], command[1:])
+            elastic_launch(config, entrypoint=entry)(*words)
         except ChildFailedError as error:
             return _explain(folder, {rank: failure.exitcode for rank, failure in error.failures.items()}, Path(logs))
         finally:

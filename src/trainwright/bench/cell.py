@@ -1,0 +1,217 @@
+"""One cell of a matrix: its recipe as it will run, its key, and what the planner thinks of it. No torch.
+
+Owns making a benchmark run of a recipe (so many steps, nothing written at the end), random weights and made tokens in
+place of files, the key by which a finished cell is known again, and the words that tables use for a recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from trainwright.bench.matrix import Matrix, Setting, expand
+from trainwright.bench.prove import merged
+from trainwright.errors import UserError
+from trainwright.model import named
+from trainwright.parallel.layout import Layout, check_model
+from trainwright.planner.build import model_config
+from trainwright.planner.hardware import Cluster, cpu_card, find_card, this_machine
+from trainwright.planner.plan import Plan, plan
+from trainwright.recipe.data import Finding
+from trainwright.recipe.load import load_recipe
+from trainwright.recipe.schema import Recipe
+
+MADE_TOKENS = 1 << 24  # made at most; longer runs see them again
+START_SECONDS = 20.0  # of a cell on an accelerator besides its steps: weights, compilation
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting whose recipe is known. `recipe` trains warm-up and measured steps and writes nothing at its end."""
+
+    setting: Setting
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.setting.name
+
+    @property
+    def gpus(self) -> int:
+        return self.setting.gpus
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.recipe.parallel, self.gpus)
+
+    @property
+    def steps(self) -> int:
+        return self.setting.warmup_steps + self.setting.measured_steps
+
+    def key(self, device: str) -> str:
+        """Of all that decides the result: the recipe, the processes, the steps, the cap, the kind of device."""
+        setting = self.setting
+        recipe = self.recipe.model_dump(mode="json", exclude={"name", "description", "output"})
+        told = [recipe, setting.gpus, setting.warmup_steps, setting.measured_steps, setting.memory_gib, device]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    def with_set(self, change: dict[str, Any], **setting: Any) -> Cell:
+        """The same cell with other keys of its recipe, and other fields of its setting."""
+        values = {**self.setting.model_dump(), **setting, "set": {**self.setting.set, **change}}
+        return cell_of(Setting.model_validate(values))
+
+
+def cells_of(matrix: Matrix) -> list[Cell]:
+    """All cells, each checked as far as can be without starting anything. Raises UserError that names the cell."""
+    settings = expand(matrix)
+    cells = [cell_of(setting) for setting in settings]
+    names = {cell.name for cell in cells}
+    for cell in cells:
+        other = cell.setting.align_with
+        if other is not None and other not in names and not Path(other).exists():
+            raise UserError(f"{cell.name}: align_with={other!r} is no row of this matrix and no run's folder")
+    return cells
+
+
+def cell_of(setting: Setting) -> Cell:
+    """Reads the recipe and makes a benchmark run of it. Raises UserError that names the cell."""
+    try:
+        asked = load_recipe(setting.recipe, setting.words)
+        layout = Layout.of(asked.parallel, setting.gpus)
+        config = model_config(_named_shape(asked) if setting.made else asked)
+        check_model(layout, config, asked.data.seq_len, kv_replication=asked.parallel.kv_replication)
+        size, train = asked.train.micro_batch_size, asked.train
+        rows = size if isinstance(size, int) else 1
+        accumulation = layout.accumulation(rows, train.global_batch_size, train.gradient_accumulation_steps)
+        steps = setting.warmup_steps + setting.measured_steps
+        if setting.made:
+            asked = _made(asked, config.vocab_size, steps * rows * accumulation * layout.data_ranks)
+        return Cell(setting, _for_bench(asked, steps))
+    except UserError as error:
+        raise UserError(f"{setting.name}: {error}") from None
+
+
+def _for_bench(recipe: Recipe, steps: int) -> Recipe:
+    """`steps` steps and nothing else: no held-out data, no checkpoints, no trackers."""
+    change: dict[str, Any] = {
+        "name": "run", "description": "",
+        "train": {"steps": steps, "epochs": None, "tokens": None, "resume": False},
+        "data": {"validation": 0.0},
+        "evaluation": {"every": 0, "generate": 0},
+        "checkpoint": {"every": 0, "keep_every": 0},
+        "tracking": {"tensorboard": False, "tracker": None, "log_every": 1},
+    }  # fmt: skip
+    return load_recipe(merged(recipe.model_dump(mode="json"), change))
+
+
+def _named_shape(recipe: Recipe) -> Recipe:
+    """The recipe with random weights of its model's shape. Raises UserError where only the network knows the shape."""
+    path = recipe.model.path
+    if path is None:
+        return recipe
+    known = named.of_hub(path)
+    if known is None and not Path(path).expanduser().is_dir():
+        raise UserError(f"made: {path} is no folder and no named model, so its shape is not known: set model.config")
+    values = recipe.model_dump(mode="json")
+    values["model"] |= {"path": None, "config": known.name if known else path}
+    values["model"] |= {"family": known.family} if known else {}
+    return load_recipe(values)
+
+
+def _made(recipe: Recipe, vocab_size: int, rows: int) -> Recipe:
+    """Random weights, and rows that are each one document of ids of the whole vocabulary, all of them trained."""
+    length = recipe.data.seq_len
+    rows = max(1, min(rows, MADE_TOKENS // length))
+    values = _named_shape(recipe).model_dump(mode="json")
+    values["model"]["tokenizer"] = "byte"
+    values["data"] |= {
+        "path": f"made:tokens?rows={rows}&length={length}&vocab={vocab_size}", "format": "auto", "sources": [],
+        "template": None, "system": None, "streaming": False, "validation": 0.0, "filter": {},
+        "accept": list(get_args(Finding)),
+    }  # fmt: skip
+    if values["adapter"]:
+        values["adapter"]["path"] = None
+    return load_recipe(values)
+
+
+# ---- what the planner thinks
+
+
+def here(
+    gpus: int | None = None, memory_gib: float | None = None, device: str | None = None, own_gib: float = 0.0
+) -> Cluster:
+    """The cards that a cell runs on: this machine's (all of them by default), or those that a cell told by name.
+
+    Memory of a processor is shared by its processes. `memory_gib` caps either, `own_gib` is what the cell found.
+    """
+    if device is not None:
+        cluster = Cluster(find_card(device) or cpu_card(), gpus or 1, min(8, gpus or 1))
+    elif os.environ.get("TRAINWRIGHT_DEVICE") == "cpu":
+        cluster = Cluster(cpu_card(), gpus or 1, gpus or 1)
+    else:
+        cluster = this_machine(gpus)
+    shared = cluster.gpus if cluster.card.name == "CPU" else 1
+    memory = memory_gib or own_gib or cluster.card.memory_gib / shared
+    return replace(cluster, card=replace(cluster.card, memory_gib=memory))
+
+
+def predict(cell: Cell, cluster: Cluster) -> Plan | None:
+    """The plan of a cell; None where there can be none: a plan that fails ends no benchmark."""
+    try:
+        return plan(cell.recipe, cluster)
+    except Exception:
+        return None
+
+
+def expected_seconds(cell: Cell, made: Plan | None) -> float | None:
+    """How long a cell takes, by its plan: its steps and its start; never longer than its limit."""
+    if made is None:
+        return None
+    seconds = cell.steps * made.speed.step_seconds + (0 if made.job.cluster.card.name == "CPU" else START_SECONDS)
+    return min(seconds, cell.setting.time_limit_seconds)
+
+
+# ---- words
+
+
+def model_name(recipe: Recipe) -> str:
+    """What is trained, by name where it has one."""
+    model = recipe.model
+    if model.path is not None:
+        return model.path.rstrip("/").rpartition("/")[2]
+    if isinstance(model.config, str):
+        return model.config.rstrip("/").rpartition("/")[2]
+    keys = model.config or {}
+    return str(keys.get("_name_or_path") or keys.get("model_type") or "model")
+
+
+def task_name(recipe: Recipe) -> str:
+    """pretrain, full, lora, qlora (4 bits), int8 or fp8: the published tables' words."""
+    if recipe.adapter is None:
+        return "pretrain" if recipe.task == "pretrain" else "full"
+    return {None: "lora", "nf4": "qlora"}.get(recipe.quantize, str(recipe.quantize))
+
+
+def layout_name(layout: Layout) -> str:
+    """TP4PP1DP2, with the ZeRO stage where data ranks share something, and SP for a row that is split."""
+    shared = layout.dp_shard * layout.cp > 1 and layout.zero > 0
+    return str(layout).replace("CP", "SP") + (f" ZeRO-{layout.zero}" if shared else "")
+
+
+def recompute_name(recipe: Recipe) -> str:
+    """What is computed again, and what waits in host memory."""
+    parallel = recipe.parallel
+    memory = f" {parallel.recompute_memory:g} GiB kept" if parallel.recompute_memory is not None else ""
+    offload = f", {parallel.offload} offloaded" if parallel.offload != "none" else ""
+    return f"{parallel.recompute}{memory if parallel.recompute == 'selective' else ''}{offload}"
+
+
+def need_more_gpus(cell: Cell, count: int) -> str | None:
+    """Why a cell cannot run on a machine with `count` accelerators (0: processes of the CPU, as many as asked)."""
+    if 0 < count < cell.gpus:
+        return f"needs {cell.gpus} GPUs, this machine has {count}"
+    return None

@@ -1,0 +1,129 @@
+"""Runs the cells of a matrix one after another, keeps what each came to, and never runs one twice.
+
+    FOLDER/results.json      every row; written anew after each cell          FOLDER/table.md .csv, *.png, index.html
+    FOLDER/cells/KEY/        one cell: recipe.yaml, cell.json, log.txt, run/, row.json once it is finished
+    FOLDER/compile-cache/    what torch.compile made, for the cells that follow
+
+Owns the order, resuming and the folder. What a process does is `work.py`'s, a row's figures are `result.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainwright import __version__
+from trainwright.bench.align import align
+from trainwright.bench.cell import Cell, here, need_more_gpus
+from trainwright.bench.processes import Warm
+from trainwright.bench.result import Row, describe, row_of
+from trainwright.bench.store import read_json, write_json, write_text
+from trainwright.errors import UserError
+from trainwright.recipe.show import to_yaml
+from trainwright.train.metrics import read_lines
+
+RUN = ("ok", "oom", "crashed", "timeout")  # statuses of a cell that is not run again
+
+
+class Display(Protocol):
+    """Who shows what goes on (`screen.py`)."""
+
+    def begin(self, cell: Cell) -> None: ...
+
+    def progress(self, cell: Cell, line: dict[str, Any] | None) -> None: ...
+
+    def done(self, row: Row, *, kept: bool) -> None: ...
+
+
+class Runner:
+    """Cells to rows, in `folder`. A context: leaving it ends whatever runs."""
+
+    def __init__(self, folder: Path, display: Display, *, again: bool = False) -> None:
+        self.folder, self.display, self.again = folder.absolute(), display, again
+        machine = here()
+        self.device = machine.card.name
+        self.gpus = 0 if self.device == "CPU" else machine.gpus
+        self.warm = Warm(environment(self.folder))
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.warm.close()
+
+    def measure(self, cell: Cell) -> Row:
+        """The row of a cell: as it was kept, or from a run now."""
+        kept = None if self.again else self.kept(cell)
+        if kept is not None:
+            self.display.done(kept, kept=True)
+            return kept
+        self.display.begin(cell)
+        row = self._run(cell)
+        self.display.done(row, kept=False)
+        return row
+
+    def place(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.key(self.device)
+
+    def kept(self, cell: Cell) -> Row | None:
+        """The row of a cell that ran before; its name and note are those of today."""
+        row = read_json(self.place(cell) / "row.json")
+        if row is None or row["status"] not in RUN:
+            return None
+        today = {key: describe(cell)[key] for key in ("name", "note", "set")}
+        return {**row, **today}
+
+    def _run(self, cell: Cell) -> Row:
+        missing = need_more_gpus(cell, self.gpus)
+        if missing is not None:
+            return {**describe(cell), "status": "refused", "line": missing, "key": cell.key(self.device)}
+        folder = self.place(cell)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_text(folder / "recipe.yaml", to_yaml(cell.recipe.model_copy(update={"output": str(folder)})))
+        write_json(folder / "cell.json", {"name": cell.name, "gpus": cell.gpus, "memory_gib": cell.setting.memory_gib})
+        metrics = folder / "run" / "metrics.jsonl"
+
+        def waiting() -> None:
+            lines = read_lines(metrics)
+            self.display.progress(cell, lines[-1] if lines else None)
+
+        ended = self.warm.run(folder, cell.gpus, cell.setting.time_limit_seconds, waiting)
+        row = {**row_of(cell, folder, ended), "key": folder.name}
+        write_json(folder / "row.json", row)
+        return row
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What cells find in their environment: a shared cache of compiled layers, and no rank of anybody's."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    kept.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compile-cache"))
+    kept.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU starts no driver
+    return kept
+
+
+def aligned(rows: Sequence[Row], cells: Sequence[Cell], runner: Runner) -> list[Row]:
+    """The rows, with the verdict on the losses of those that must follow others."""
+    places = {cell.name: runner.place(cell) / "run" for cell in cells}
+    result = []
+    for cell, row in zip(cells, rows, strict=True):
+        other = cell.setting.align_with
+        if other is not None and row["status"] == "ok":
+            reference = places.get(other) or Path(other)
+            first = 21 if cell.steps > 40 else cell.setting.warmup_steps + 1
+            try:
+                found = align(places[cell.name], reference, from_step=first)
+                row = {**row, "aligned": found.aligned, "alignment": {**found.as_dict(), "with": other}}
+            except UserError as error:
+                row = {**row, "aligned": None, "alignment": {"with": other, "line": str(error)}}
+        result.append(row)
+    return result
+
+
+def results_of(title: str, rows: Sequence[Row], **more: Any) -> dict[str, Any]:
+    """What results.json holds."""
+    devices = sorted({str(row["device"]) for row in rows if row.get("device")})
+    return {"title": title, "trainwright": __version__, "devices": devices, **more, "rows": list(rows)}
