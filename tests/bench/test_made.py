@@ -54,6 +54,13 @@ def test_it_trains_from_its_own_file(tmp_path):
     assert len(lines) == 3
 
 
+def test_a_vocabulary_that_the_tokenizer_decides_stays():
+    recipe = made(load_recipe("quickstart"))
+    assert isinstance(recipe.model.config, dict)
+    assert recipe.model.config["vocab_size"] == 320
+    assert "vocab=320" in str(recipe.data.path)
+
+
 def test_a_shape_that_is_not_known_is_refused():
     with pytest.raises(UserError, match=r"hf:nobody/tiny: its shape is not known here.*set model\.config"):
         made(load_recipe(ASKED))

@@ -11,21 +11,19 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from trainwright.bench.made import made
 from trainwright.bench.matrix import Matrix, Setting, expand
 from trainwright.bench.prove import merged
 from trainwright.errors import UserError
-from trainwright.model import named
 from trainwright.parallel.layout import Layout, check_model
 from trainwright.planner.build import model_config
 from trainwright.planner.hardware import Cluster, cpu_card, find_card, this_machine
 from trainwright.planner.plan import Plan, plan
-from trainwright.recipe.data import Finding
 from trainwright.recipe.load import load_recipe
 from trainwright.recipe.schema import Recipe
 
-MADE_TOKENS = 1 << 24  # made at most; longer runs see them again
 START_SECONDS = 20.0  # of a cell on an accelerator besides its steps: weights, compilation
 
 
@@ -82,14 +80,14 @@ def cell_of(setting: Setting) -> Cell:
     try:
         asked = load_recipe(setting.recipe, setting.words)
         layout = Layout.of(asked.parallel, setting.gpus)
-        config = model_config(_named_shape(asked) if setting.made else asked)
-        check_model(layout, config, asked.data.seq_len, kv_replication=asked.parallel.kv_replication)
         size, train = asked.train.micro_batch_size, asked.train
         rows = size if isinstance(size, int) else 1
         accumulation = layout.accumulation(rows, train.global_batch_size, train.gradient_accumulation_steps)
         steps = setting.warmup_steps + setting.measured_steps
         if setting.made:
-            asked = _made(asked, config.vocab_size, steps * rows * accumulation * layout.data_ranks)
+            asked = made(asked, rows=steps * rows * accumulation * layout.data_ranks)
+        seq_len, replicated = asked.data.seq_len, asked.parallel.kv_replication
+        check_model(layout, model_config(asked), seq_len, kv_replication=replicated)
         return Cell(setting, _for_bench(asked, steps))
     except UserError as error:
         raise UserError(f"{setting.name}: {error}") from None
@@ -106,36 +104,6 @@ def _for_bench(recipe: Recipe, steps: int) -> Recipe:
         "tracking": {"tensorboard": False, "tracker": None, "log_every": 1},
     }  # fmt: skip
     return load_recipe(merged(recipe.model_dump(mode="json"), change))
-
-
-def _named_shape(recipe: Recipe) -> Recipe:
-    """The recipe with random weights of its model's shape. Raises UserError where only the network knows the shape."""
-    path = recipe.model.path
-    if path is None:
-        return recipe
-    known = named.of_hub(path)
-    if known is None and not Path(path).expanduser().is_dir():
-        raise UserError(f"made: {path} is no folder and no named model, so its shape is not known: set model.config")
-    values = recipe.model_dump(mode="json")
-    values["model"] |= {"path": None, "config": known.name if known else path}
-    values["model"] |= {"family": known.family} if known else {}
-    return load_recipe(values)
-
-
-def _made(recipe: Recipe, vocab_size: int, rows: int) -> Recipe:
-    """Random weights, and rows that are each one document of ids of the whole vocabulary, all of them trained."""
-    length = recipe.data.seq_len
-    rows = max(1, min(rows, MADE_TOKENS // length))
-    values = _named_shape(recipe).model_dump(mode="json")
-    values["model"]["tokenizer"] = "byte"
-    values["data"] |= {
-        "path": f"made:tokens?rows={rows}&length={length}&vocab={vocab_size}", "format": "auto", "sources": [],
-        "template": None, "system": None, "streaming": False, "validation": 0.0, "filter": {},
-        "accept": list(get_args(Finding)),
-    }  # fmt: skip
-    if values["adapter"]:
-        values["adapter"]["path"] = None
-    return load_recipe(values)
 
 
 # ---- what the planner thinks

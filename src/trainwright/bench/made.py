@@ -11,13 +11,12 @@ from typing import Any
 
 from trainwright.errors import UserError
 from trainwright.model import named
-from trainwright.model.source import load_config
+from trainwright.planner.build import model_config
 from trainwright.recipe.load import load_recipe
 from trainwright.recipe.model import ModelRecipe
 from trainwright.recipe.schema import Recipe
 
-TOKENS = 1 << 23  # made in all where nobody says how many rows; a longer run goes round again
-FEWEST_ROWS = 16
+TOKENS = 1 << 24  # made in all at most; a longer run goes round again
 
 
 def made(recipe: Recipe, *, rows: int | None = None) -> Recipe:
@@ -25,7 +24,7 @@ def made(recipe: Recipe, *, rows: int | None = None) -> Recipe:
 
     Rows are full: each holds one document of `data.seq_len` tokens, all of which are trained. What the recipe says of
     templates, filters and held-out data belongs to the data it had and is dropped; the tokenizer is `byte`, which is
-    part of the package. Data that are `made:` already stay. `rows`: how many rows to make.
+    part of the package. Data that are `made:` already stay. `rows`: how many rows are enough.
 
     Raises UserError where the shape is neither in a folder nor a named model's.
     """
@@ -34,8 +33,10 @@ def made(recipe: Recipe, *, rows: int | None = None) -> Recipe:
     values["model"] |= {"path": None, "config": config, "tokenizer": "byte"}
     if recipe.adapter is not None:
         values["adapter"]["path"] = None
+    vocabulary = model_config(recipe).vocab_size
+    if isinstance(config, dict):  # what it left to its tokenizer
+        values["model"]["config"] = {"vocab_size": vocabulary, **config}
     if not all(source.path.startswith("made:") for source in recipe.data.all_sources):
-        vocabulary = load_config(config, recipe.model.family, recipe.model.overrides).vocab_size
         values["data"] |= _made_data(recipe, rows, vocabulary)
     values["evaluation"] |= {"every": 0, "generate": 0}
     return load_recipe(values)
@@ -59,7 +60,8 @@ def shape(model: ModelRecipe) -> str | dict[str, Any]:
 
 def _made_data(recipe: Recipe, rows: int | None, vocabulary: int) -> dict[str, Any]:
     data = recipe.data
-    count = rows or max(FEWEST_ROWS, TOKENS // data.seq_len)
+    most = max(1, TOKENS // data.seq_len)
+    count = min(rows or most, most)
     tokens = f"made:tokens?rows={count}&length={data.seq_len}&vocab={vocabulary}&seed={recipe.train.seed}"
     return {
         "path": tokens, "format": "auto", "sources": [], "validation": 0.0, "template": None, "system": None,
