@@ -6,10 +6,12 @@ place of files, the key by which a finished cell is known again, and the words t
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,18 @@ class Cell:
         return cell_of(Setting.model_validate(values))
 
 
-def cells_of(matrix: Matrix) -> list[Cell]:
-    """All cells, each checked as far as can be without starting anything. Raises UserError that names the cell."""
-    settings = expand(matrix)
-    cells = [cell_of(setting) for setting in settings]
-    names = {cell.name for cell in cells}
+def cells_of(matrix: Matrix, *, only: str | None = None, **change: Any) -> list[Cell]:
+    """All cells, each checked as far as can be without starting anything. Raises UserError that names the cell.
+
+    `only`: a pattern with * that names must match. `change`: fields of every setting, such as `overrides`.
+    """
+    every = expand(matrix)
+    names = [each.name for each in every]
+    settings = [each for each in every if only is None or fnmatch(each.name, only)]
+    if not settings:
+        nearest = difflib.get_close_matches(str(only), names, n=1, cutoff=0.0)
+        raise UserError(f"--only {only} matches no row: did you mean {nearest[0]!r}?")
+    cells = [cell_of(setting.model_copy(update=change)) for setting in settings]
     for cell in cells:
         other = cell.setting.align_with
         if other is not None and other not in names and not Path(other).exists():

@@ -98,11 +98,12 @@ class Setting(Section):
     published: str | None
     align_with: str | None
     note: str
+    overrides: tuple[str, ...] = ()
 
     @property
     def words(self) -> list[str]:
-        """`set` as a command line has it."""
-        return [f"{key}={json.dumps(value)}" for key, value in self.set.items()]
+        """`set` as a command line has it, and what a command line said."""
+        return [*(f"{key}={json.dumps(value)}" for key, value in self.set.items()), *self.overrides]
 
 
 def expand(matrix: Matrix) -> list[Setting]:

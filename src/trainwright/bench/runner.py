@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from trainwright import __version__
 from trainwright.bench.align import align
 from trainwright.bench.cell import Cell, here, need_more_gpus
+from trainwright.bench.find import What, find_limit
 from trainwright.bench.processes import Warm
 from trainwright.bench.result import Row, describe, row_of
 from trainwright.bench.store import read_json, write_json, write_text
@@ -105,14 +106,43 @@ def environment(folder: Path) -> dict[str, str]:
     return kept
 
 
+def run_cells(
+    runner: Runner,
+    cells: Sequence[Cell],
+    title: str,
+    *,
+    find: What | None = None,
+    beside: Callable[[Cell, Row], dict[str, Any] | None] = lambda cell, row: None,
+    **more: Any,
+) -> dict[str, Any]:
+    """All rows, as results.json holds them; the file is written anew after each. `beside`: what stands beside a row."""
+    rows: list[Row] = []
+    results = _results(title, rows, **more)
+    for number, cell in enumerate(cells, 1):
+        row = runner.measure(cell) if find is None else find_limit(cell, find, runner.measure)
+        stands = beside(cell, row)
+        rows = aligned([*rows, row if stands is None else {**row, "beside": stands}], cells[:number], runner)
+        results = _results(title, rows, **more)
+        write_json(runner.folder / "results.json", results)
+    return results
+
+
+def _results(title: str, rows: Sequence[Row], **more: Any) -> dict[str, Any]:
+    devices = sorted({str(row["device"]) for row in rows if row.get("device")})
+    return {"title": title, "trainwright": __version__, "devices": devices, **more, "rows": list(rows)}
+
+
 def aligned(rows: Sequence[Row], cells: Sequence[Cell], runner: Runner) -> list[Row]:
-    """The rows, with the verdict on the losses of those that must follow others."""
+    """The rows, with the verdict on the losses of those that must follow others.
+
+    From step 21 on, as seed 004 does it; of runs of 40 steps or fewer, from the first measured step on.
+    """
     places = {cell.name: runner.place(cell) / "run" for cell in cells}
     result = []
     for cell, row in zip(cells, rows, strict=True):
         other = cell.setting.align_with
-        if other is not None and row["status"] == "ok":
-            reference = places.get(other) or Path(other)
+        reference = places.get(other or "") or Path(other or "")
+        if other is not None and row["status"] == "ok" and reference.exists():
             first = 21 if cell.steps > 40 else cell.setting.warmup_steps + 1
             try:
                 found = align(places[cell.name], reference, from_step=first)
@@ -121,9 +151,3 @@ def aligned(rows: Sequence[Row], cells: Sequence[Cell], runner: Runner) -> list[
                 row = {**row, "aligned": None, "alignment": {"with": other, "line": str(error)}}
         result.append(row)
     return result
-
-
-def results_of(title: str, rows: Sequence[Row], **more: Any) -> dict[str, Any]:
-    """What results.json holds."""
-    devices = sorted({str(row["device"]) for row in rows if row.get("device")})
-    return {"title": title, "trainwright": __version__, "devices": devices, **more, "rows": list(rows)}

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from trainwright.cli import align, chat, convert, doctor, launch, plan, prepare, prove, recipes, train
+from trainwright.cli import align, bench, chat, convert, doctor, launch, plan, prepare, prove, recipes, train
 from trainwright.errors import UserError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("generate")(chat.generate)
 app.command("chat")(chat.chat)
 app.command("align")(align.align)
 app.command("prove")(prove.prove)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 
