@@ -33,7 +33,8 @@ def made(recipe: Recipe, *, rows: int | None = None) -> Recipe:
     values["model"] |= {"path": None, "config": config, "tokenizer": "byte"}
     if recipe.adapter is not None:
         values["adapter"]["path"] = None
-    vocabulary = model_config(recipe).vocab_size
+    plain = {"adapter": None, "quantize": None, "quantize_tables": None}
+    vocabulary = model_config(recipe.model_copy(update=plain)).vocab_size
     if isinstance(config, dict):  # what it left to its tokenizer
         values["model"]["config"] = {"vocab_size": vocabulary, **config}
     if not all(source.path.startswith("made:") for source in recipe.data.all_sources):
