@@ -13,8 +13,8 @@ from tests.parallel.parity import expect
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "layouts.md"
 
 
+@pytest.mark.parametrize("family", FAMILIES)  # varies fastest: the processes of a layout stay as they are
 @pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("family", FAMILIES)
 def test_cell(family: str, column: str) -> None:
     case = case_of(family, column)
     if case is None:

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import device_mesh
 
 from trainwright.parallel.layout import Layout
 from trainwright.parallel.mesh import World, build_meshes
 
-SECONDS = 180  # for one case
+SECONDS = 300  # for one case
 PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "trainwright.parallel.mesh"]
 
 
@@ -79,6 +80,7 @@ class _Processes:
 
 
 _running: dict[int, _Processes] = {}
+_groups: dict[tuple[int, ...], Any] = {}
 
 
 def run(size: int, case: Callable[..., Any], *args: Any, seconds: float = SECONDS) -> list[Any]:
@@ -106,6 +108,7 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
+    device_mesh.new_group = _group_of
     while True:
         try:
             case, args = pickle.loads(pipe.recv_bytes())
@@ -118,9 +121,17 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
         pipe.send_bytes(pickle.dumps(answer))
 
 
+def _group_of(ranks: list[int], **options: Any) -> Any:
+    """One group for the same ranks in all layouts: a gloo group has a thread that wakes a hundred times a second."""
+    key = tuple(ranks)
+    if key not in _groups:
+        _groups[key] = dist.new_group(ranks, **options)
+    return _groups[key]
+
+
 @cache
 def world_of(layout: Layout) -> World:
-    """This process in `layout`. One mesh a layout for the life of the process: groups cost file handles."""
+    """This process in `layout`. One mesh a layout for the life of the process."""
     if layout.world_size == 1:
         return World(0, layout, torch.device("cpu"))
     return World(dist.get_rank(), layout, torch.device("cpu"), build_meshes(layout, "cpu"))
