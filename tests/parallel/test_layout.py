@@ -2,7 +2,6 @@
 
 import pytest
 
-from trainwright.adapt.lora import Lora, add_adapters
 from trainwright.adapt.quantize import add_quantization
 from trainwright.errors import UserError
 from trainwright.model.checkpoint import load_config
@@ -87,13 +86,12 @@ def test_refusals_name_the_numbers_and_the_nearest_that_works(keys, layout, opti
         check(keys, layout, **options)
 
 
-def test_weights_in_fewer_bits_are_not_cut():
-    quantized = add_quantization(load_config(LLAMA_3_8B), "nf4")
-    with pytest.raises(UserError, match=r"tp=2 with layers.0.self_attn.q_proj in fewer bits.*parallel.zero=3"):
-        check_model(Layout(world_size=2, tp=2), quantized, 8192)
-    dora = add_adapters(load_config(LLAMA_3_8B), Lora(rank=4, alpha=8.0, dora=True))
-    with pytest.raises(UserError, match="DoRA"):
-        check_model(Layout(world_size=2, tp=2), dora, 8192)
+def test_blocks_of_four_bits_are_not_cut():
+    check_model(Layout(world_size=8, tp=8), add_quantization(load_config(LLAMA_3_8B), "nf4"), 8192)
+    llama2 = load_config(LLAMA_3_8B | {"intermediate_size": 11008})
+    with pytest.raises(UserError, match=r"tp=8 cuts the 11008 columns of .*down_proj inside blocks of 64.*tp=4"):
+        check_model(Layout(world_size=8, tp=8), add_quantization(llama2, "nf4"), 8192)
+    check_model(Layout(world_size=8, tp=8), add_quantization(llama2, "int8"), 8192)
 
 
 @pytest.mark.parametrize(

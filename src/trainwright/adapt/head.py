@@ -1,5 +1,6 @@
 """Cross entropy of a head whose weight is kept in fewer bits: neither its logits nor the weight are ever whole.
 
+Over ranks that each hold a part of the vocabulary, the sums are reduced between the two passes.
 Two passes over slices of the vocabulary: the first finds each token's log-sum-exp, the second turns logits into
 gradients. The logits are computed twice, which costs a third more of the head's own work, and no memory grows with the
 vocabulary. The plain head's loss, with one pass over chunks of tokens, is `model/kernels/cross_entropy.py`.
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainwright.model.kernels.cross_entropy import IGNORE
+from trainwright.model.kernels.cross_entropy import IGNORE, VocabShard
 from trainwright.model.kernels.quantized import Kind, Pieces, dequantize, slice_rows
 
 _TILE_NUMEL = 1 << 24
@@ -23,13 +24,19 @@ _SLICE = 4096
 
 
 def frozen_cross_entropy(
-    x: Tensor, kind: Kind, pieces: Pieces, shape: tuple[int, ...], labels: Tensor, bias_V: Tensor | None = None
+    x: Tensor,
+    kind: Kind,
+    pieces: Pieces,
+    labels: Tensor,
+    bias_V: Tensor | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """Sum over labels != -100 of -log softmax(x W^T + b)[label], float32 scalar; gradients flow to x alone.
 
-    x [..., H], labels [...] int64, already shifted; W [V, H] = `shape` in the pieces of `kind`.
+    x [..., H], labels [...] int64, already shifted; W [V, H] in the pieces of `kind`; with `shard`, V and b are this
+    rank's part of the vocabulary.
     """
-    return _FrozenCrossEntropy.apply(x.flatten(0, -2), labels.flatten(), kind, shape, bias_V, *pieces)
+    return _FrozenCrossEntropy.apply(x.flatten(0, -2), labels.flatten(), kind, bias_V, shard, *pieces)
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
@@ -39,21 +46,23 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         x_MH: Tensor,
         labels_M: Tensor,
         kind: Kind,
-        shape: tuple[int, int],
         bias_V: Tensor | None,
+        shard: VocabShard | None,
         *pieces: Any,
     ) -> Tensor:
-        weight = _Slices(kind, list(pieces), shape, bias_V, x_MH.dtype)
+        weight = _Slices(kind, list(pieces), x_MH.shape[1], bias_V, x_MH.dtype)
+        kept_M = labels_M != IGNORE
+        if shard is not None:
+            labels_M = labels_M - shard.offset
         grad_MH = torch.empty_like(x_MH) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=torch.float32, device=x_MH.device)
-        rows = max(1, _TILE_NUMEL // min(_SLICE, shape[0]))
+        rows = max(1, _TILE_NUMEL // min(_SLICE, weight.rows if shard is None else shard.size))  # on all ranks alike
         for begin in range(0, x_MH.shape[0], rows):
             part = slice(begin, begin + rows)
-            total_M, target_M = _log_sum_exp(x_MH[part], labels_M[part], weight)
-            kept_M = labels_M[part] != IGNORE
-            loss += (total_M - target_M).masked_fill_(~kept_M, 0.0).sum()
+            total_M, target_M = _log_sum_exp(x_MH[part], labels_M[part], weight, shard)
+            loss += (total_M - target_M).masked_fill_(~kept_M[part], 0.0).sum()
             if grad_MH is not None:
-                grad_MH[part] = _gradient(x_MH[part], labels_M[part], total_M, kept_M, weight)
+                grad_MH[part] = _gradient(x_MH[part], labels_M[part], total_M, kept_M[part], weight)
         ctx.save_for_backward(grad_MH)
         return loss
 
@@ -67,16 +76,14 @@ class _FrozenCrossEntropy(torch.autograd.Function):
 class _Slices:
     """The head's weight, some rows at a time: (first row, weight [R, H], bias [R] or None)."""
 
-    def __init__(
-        self, kind: Kind, pieces: Pieces, shape: tuple[int, int], bias_V: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        self.kind, self.pieces, self.shape, self.bias_V, self.dtype = kind, pieces, shape, bias_V, dtype
+    def __init__(self, kind: Kind, pieces: Pieces, width: int, bias_V: Tensor | None, dtype: torch.dtype) -> None:
+        self.kind, self.pieces, self.width, self.bias_V, self.dtype = kind, pieces, width, bias_V, dtype
+        self.rows = pieces[0].shape[0]
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        vocab, width = self.shape
-        for begin in range(0, vocab, _SLICE):
-            end = min(begin + _SLICE, vocab)
-            rows = dequantize(self.kind, slice_rows(self.kind, self.pieces, begin, end), width, self.dtype)
+        for begin in range(0, self.rows, _SLICE):
+            end = min(begin + _SLICE, self.rows)
+            rows = dequantize(self.kind, slice_rows(self.kind, self.pieces, begin, end), self.width, self.dtype)
             yield begin, rows, None if self.bias_V is None else self.bias_V[begin:end]
 
 
@@ -89,8 +96,8 @@ def _logits(x_MH: Tensor, weight_RH: Tensor, bias_R: Tensor | None) -> Tensor:
     return logits if bias_R is None else logits.add_(bias_R)
 
 
-def _log_sum_exp(x_MH: Tensor, labels_M: Tensor, weight: _Slices) -> tuple[Tensor, Tensor]:
-    """(log of the sum of exponentials, logit of the label), float32 [M]; the second is 0 for labels < 0."""
+def _log_sum_exp(x_MH: Tensor, labels_M: Tensor, weight: _Slices, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
+    """(log of the sum of exponentials, logit of the label), float32 [M]; the second is 0 for labels outside."""
     highest_M = torch.full(labels_M.shape, float("-inf"), device=x_MH.device)
     total_M, target_M = torch.zeros_like(highest_M), torch.zeros_like(highest_M)
     for begin, rows, bias in weight:
@@ -101,6 +108,12 @@ def _log_sum_exp(x_MH: Tensor, labels_M: Tensor, weight: _Slices) -> tuple[Tenso
         now_M = torch.maximum(highest_M, logits.amax(1))
         total_M = total_M * (highest_M - now_M).exp() + logits.sub_(now_M[:, None]).exp_().sum(1)
         highest_M = now_M
+    if shard is not None:
+        own_M = highest_M.clone()
+        shard.reduce_max(highest_M)
+        total_M *= (own_M - highest_M).exp()
+        shard.reduce_sum(total_M)
+        shard.reduce_sum(target_M)
     return highest_M + total_M.log(), target_M
 
 

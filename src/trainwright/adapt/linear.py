@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,13 +37,15 @@ class LoraLinear(FrozenLinear):
         self.lora_a = nn.Parameter(torch.empty(lora.rank, linear.in_features))
         self.lora_b = nn.Parameter(torch.zeros(linear.out_features, lora.rank))
         self.magnitude = nn.Parameter(torch.ones(linear.out_features)) if lora.dora else None
+        # Set from outside where the columns are a slice of the layer's: sums the rows' squares over all slices.
+        self.sum_slices: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(ops.compute_dtype(x))
         if self.magnitude is not None:
             return self._with_magnitude(x)
         if self.lora.dropout and self.training:
-            frozen = ops.frozen_linear(x, self.format, self.pieces, self.weight_shape[-1], self.bias)
+            frozen = ops.frozen_linear(x, self.format, self.pieces, x.shape[-1], self.bias)
             return frozen + self._update(x)
         return ops.lora_linear(x, self.format, self.pieces, self.bias, self.lora_a, self.lora_b, self.lora.scale)
 
@@ -53,14 +56,17 @@ class LoraLinear(FrozenLinear):
     def _with_magnitude(self, x: Tensor) -> Tensor:
         """m / |W + scale B A| (W x + scale B A x) + b, lengths of rows (Liu et al. 2024, equation 5)."""
         assert self.magnitude is not None
-        y = ops.frozen_linear(x, self.format, self.pieces, self.weight_shape[-1]) + self._update(x)
+        y = ops.frozen_linear(x, self.format, self.pieces, x.shape[-1]) + self._update(x)
         y = y * (self.magnitude / self.row_norms()).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """Length of each row of W + scale B A, float32 [out]."""
-        return torch.linalg.vector_norm(self.merged_weight(torch.float32), dim=1)
+        merged = self.merged_weight(torch.float32)
+        if self.sum_slices is None:
+            return torch.linalg.vector_norm(merged, dim=1)
+        return self.sum_slices(merged.square().sum(1)).sqrt()
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype) -> Tensor:

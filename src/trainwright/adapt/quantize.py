@@ -12,6 +12,7 @@ from trainwright.errors import UserError
 from trainwright.model.config import EmbeddingConfig, HeadConfig, LinearConfig, ModelConfig, map_linears
 
 Kind = Literal["nf4", "int8", "fp8"]
+NF4_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,22 @@ class FewerBits:
 
     kind: Kind
 
-    def num_bytes(self, *shape: int) -> int:
-        """What a weight [..., out, in] takes, scales included."""
+    @property
+    def block(self) -> int:
+        """So many weights of a row share a scale and stay together where columns are cut; 1: a scale a row."""
+        return NF4_BLOCK if self.kind == "nf4" else 1
+
+    def num_bytes(self, *shape: int, levels: int = 2) -> int:
+        """What a weight [..., out, in] takes, scales included; nf4's in two levels, or in one (`single_level`)."""
         *rows, columns = shape
         count = 1
         for size in rows:
             count *= size
         if self.kind != "nf4":
             return count * (columns + 4)
-        blocks = count * -(-columns // 64)
-        return blocks * 33 + 4 * -(-blocks // 256) + 4
+        blocks = count * -(-columns // NF4_BLOCK)
+        codes = blocks * NF4_BLOCK // 2
+        return codes + blocks + 4 * -(-blocks // 256) + 4 if levels == 2 else codes + 4 * blocks
 
     def build(self, linear: LinearConfig, num_experts: int | None = None) -> Any:
         """A linear layer with a fixed weight in this format; a stack of them for experts."""

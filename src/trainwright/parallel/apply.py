@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainwright.errors import UserError
-from trainwright.model.config import ModelConfig, linears
+from trainwright.model.config import ModelConfig, linears, without_adapters
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.budget import apply_budget
@@ -99,7 +99,9 @@ def parallelize(
         if recipe.offload in ("activations", "all"):
             apply_offload(layers, world.device)
         if world.meshes:
-            cast = None if precision == "fp32" else DTYPES[precision]
+            # Beside adapters the base is in the compute type or in codes already, and adapters cast themselves.
+            adapted = config != without_adapters(config)
+            cast = None if precision == "fp32" or adapted else DTYPES[precision]
             apply_fsdp(stage, world, cast, offload=in_host_memory(recipe), keep_gathered=cut is not None)
             if recipe.recompute == "selective":
                 hide_gathering(layers)

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Shard
+from torch.distributed.tensor import Shard
 
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.collectives import all_to_all
-from trainwright.parallel.tensor import OUTSIDE, TABLE, Rule, View, distribute, view_locally
+from trainwright.parallel.tensor import OUTSIDE, TABLE, Rule, View, distribute, view_locally, with_scales
 
 
 def apply_experts(model: Transformer, mesh: DeviceMesh) -> None:
@@ -41,13 +41,12 @@ def apply_experts(model: Transformer, mesh: DeviceMesh) -> None:
 
 def _place(linear: nn.Module, rule: Rule, mesh: DeviceMesh) -> None:
     """Every parameter [experts, ...] is cut by expert, and inside by width as the rule says."""
-    views = {}
+    rule, views = with_scales(linear, rule), {}
     for name, parameter in list(linear.named_parameters(recurse=False)):
         place = rule.get(name) or rule["*"]
         inner = (place.placement,) if mesh.ndim == 2 else ()
-        gradient = (Partial() if place.partial else place.placement,) if mesh.ndim == 2 else ()
         linear._parameters[name] = distribute(parameter, mesh, (Shard(0), *inner))
-        views[name] = View((Shard(0), *gradient))
+        views[name] = View(partial=mesh.ndim == 2 and place.partial)
     view_locally(linear, views)
 
 

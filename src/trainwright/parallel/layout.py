@@ -128,15 +128,20 @@ def _check_tensor(layout: Layout, config: ModelConfig, kv_replication: bool) -> 
         )
     if (tp - 1) * -(-config.vocab_size // tp) >= config.vocab_size:
         raise UserError(f"parallel.tp={tp} is too much for a vocabulary of {config.vocab_size}: use a smaller degree")
-    tables = (("embed_tokens", config.embed_tokens), ("lm_head", config.lm_head))
-    for path, part in (*tables, *linears(config)):
-        if getattr(part, "quantization", None) is not None:
+    _check_blocks(tp, free, config)
+
+
+def _check_blocks(tp: int, free: int, config: ModelConfig) -> None:
+    """Where columns are cut, weights that share a scale go to one rank."""
+    leaves = ((path, leaf) for path, leaf in linears(config) if path.endswith((".o_proj", ".down_proj")))
+    cut = {(leaf.in_features, leaf.quantization.block): path for path, leaf in leaves if leaf.quantization}
+    for (width, block), path in cut.items():
+        if width % (tp * block):
+            nearest = _nearest(tp, free, lambda degree: degree == 1 or not any(n % (degree * b) for n, b in cut))
             raise UserError(
-                f"parallel.tp={tp} with {path} in fewer bits: its blocks of codes are not cut; set parallel.tp=1, and "
-                "parallel.zero=3 shards them"
+                f"parallel.tp={tp} cuts the {width} columns of {path} inside blocks of {block} nf4 weights: use "
+                f"parallel.tp={nearest}, or quantize=int8"
             )
-        if getattr(getattr(part, "adapter", None), "dora", False):
-            raise UserError(f"parallel.tp={tp} with DoRA on {path}: its row lengths are whole; set parallel.tp=1")
 
 
 def _divisible_sizes(config: ModelConfig) -> list[tuple[int, str]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
+from trainwright.adapt.frozen import FrozenEmbedding, FrozenHead, FrozenWeight
+from trainwright.adapt.linear import LoraLinear
 from trainwright.errors import UserError
 from trainwright.model.attention import Attention
 from trainwright.model.embed import Head
@@ -68,8 +70,10 @@ class Place:
 
 Rule = Mapping[str, Place]  # parameter name -> its place; "*" for all others
 PART = Place(partial=True)
-COLUMN: Rule = {"weight": Place(0), "bias": Place(0), "lora_a": PART, "lora_b": Place(0)}
-ROW: Rule = {"weight": Place(1), "bias": Place(partial=True, once=True), "lora_a": Place(1), "lora_b": PART}
+COLUMN: Rule = {"weight": Place(0), "bias": Place(0), "lora_a": PART, "lora_b": Place(0), "magnitude": Place(0)}
+ROW: Rule = {
+    "weight": Place(1), "bias": Place(partial=True, once=True), "lora_a": Place(1), "lora_b": PART, "magnitude": PART,
+}  # fmt: skip
 EXPERT_COLUMN: Rule = {"weight": Place(1), "lora_a": PART, "lora_b": Place(1)}
 EXPERT_ROW: Rule = {"weight": Place(2), "lora_a": Place(2), "lora_b": PART}
 INSIDE: Rule = {"*": PART}
@@ -104,7 +108,7 @@ TABLE: Mapping[type[nn.Module], Mapping[str, Rule]] = {
 def apply_tensor(model: Transformer, mesh: DeviceMesh, *, leave: type[nn.Module] | tuple[()] = ()) -> None:
     """Splits `model`, which may be on the meta device, over `mesh` (1-D), in place. `leave`: parts placed elsewhere."""
     vocabulary = model.config.vocab_size
-    placed: dict[int, nn.Parameter] = {}  # a tied table is one parameter in two places
+    placed: Placed = {}  # a tied table is one parameter in two places
     for module in list(model.modules()):
         if leave and isinstance(module, leave):
             continue
@@ -113,13 +117,16 @@ def apply_tensor(model: Transformer, mesh: DeviceMesh, *, leave: type[nn.Module]
             if child is not None:
                 rule = _own_heads(module, name, rule, mesh) if isinstance(module, Attention) else rule
                 _place(child, _even(rule, vocabulary, mesh) if rule is VOCABULARY else rule, mesh, placed)
-    if isinstance(model.embed_tokens, nn.Embedding):
-        _split_embedding(model.embed_tokens, mesh)
-    if isinstance(model.lm_head, Head):
+    if isinstance(model.embed_tokens, nn.Embedding | FrozenEmbedding):
+        _split_embedding(model.embed_tokens, vocabulary, mesh)
+    if isinstance(model.lm_head, Head | FrozenHead):
         _split_head(model.lm_head, vocabulary, mesh)
     if model.alibi_slopes is not None:
         model.register_forward_pre_hook(_OwnSlopes(model.alibi_slopes.numel(), mesh))
     _split_tokens(model, mesh)
+    # Dynamo sees LocalWeights change a module inside a checkpointed region and, unless told that nothing is left of it
+    # afterwards, runs the whole layer uncompiled.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
 def overlap(mesh: DeviceMesh) -> None:
@@ -137,9 +144,13 @@ def overlap(mesh: DeviceMesh) -> None:
 # ---- parameters ----
 
 
-def _place(module: nn.Module, rule: Rule, mesh: DeviceMesh, placed: dict[int, nn.Parameter]) -> None:
+Placed = dict[int, tuple[nn.Parameter, nn.Parameter]]
+"""id of a parameter -> it (so that no other gets its id) and the DTensor in its place."""
+
+
+def _place(module: nn.Module, rule: Rule, mesh: DeviceMesh, placed: Placed) -> None:
     """Makes the module's parameters DTensors, and plain tensors inside its forward."""
-    views = {}
+    rule, views = with_scales(module, rule), {}
     for path, parameter in list(module.named_parameters()):
         owner, name = _owner(module, path)
         if owner is not module:
@@ -148,10 +159,22 @@ def _place(module: nn.Module, rule: Rule, mesh: DeviceMesh, placed: dict[int, nn
         if place is None:
             raise UserError(f"tensor parallelism knows no place for {type(module).__name__}.{name}: set parallel.tp=1")
         if id(parameter) not in placed:
-            placed[id(parameter)] = distribute(parameter, mesh, (place.placement,))
-        module._parameters[name] = placed[id(parameter)]
+            placed[id(parameter)] = parameter, distribute(parameter, mesh, (place.placement,))
+        module._parameters[name] = placed[id(parameter)][1]
         views[name] = View.of(place, mesh)
     view_locally(module, views)
+    if isinstance(module, LoraLinear) and module.magnitude is not None and rule["weight"].dim == 1:
+        module.sum_slices = partial(sum_partial, group=mesh.get_group())
+
+
+def with_scales(module: nn.Module, rule: Rule) -> Rule:
+    """The rule of a weight in fewer bits: its scales go with it, but for those of whole rows when columns are cut."""
+    if not isinstance(module, FrozenWeight) or module.kind is None:
+        return rule
+    module.single_level()
+    place = rule.get("weight") or rule["*"]
+    of_rows = module.kind != "nf4" and place.dim == len(module.weight_shape) - 1
+    return {**rule, "weight_absmax": Place() if of_rows else place}
 
 
 def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -167,19 +190,21 @@ def distribute(parameter: nn.Parameter, mesh: DeviceMesh, placements: tuple[Plac
 
 @dataclass(frozen=True)
 class View:
-    """A DTensor parameter as the plain tensor that this rank computes with, and what its gradient then is."""
+    """A DTensor parameter as the plain tensor that this rank computes with.
 
-    gradient: tuple[Placement, ...]
+    partial: its gradient is a part of a sum over the tp axis, which `sum_partial_gradients` makes once a step.
+    """
+
+    partial: bool = False
     spans: tuple[tuple[int, int], ...] | None = None
     silent: bool = False
 
     @classmethod
     def of(cls, place: Place, mesh: DeviceMesh) -> View:
-        gradient = (Partial(),) if place.partial else (place.placement,)
-        return cls(gradient, place.spans, place.once and mesh.get_local_rank() != 0)
+        return cls(place.partial, place.spans, place.once and mesh.get_local_rank() != 0)
 
     def __call__(self, parameter: Tensor) -> Tensor:
-        local = parameter.to_local(grad_placements=self.gradient) if isinstance(parameter, DTensor) else parameter
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if self.spans is not None:
             parts = [local.narrow(0, start, length) for start, length in self.spans]
             local = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -199,6 +224,28 @@ class LocalWeights(nn.Module):
             return super().forward(*args, **kwargs)
         finally:
             self._parameters = held
+
+
+def sum_partial_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Adds up, over the ranks of `mesh` (tp), the gradients of weights of which each rank saw a part of the work.
+
+    All of them in one message, after a step's last backward pass: FSDP would send each alone, in every pass, and wait.
+    """
+    grads: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, view in module._views.items() if isinstance(module, LocalWeights) else ():
+            parameter = module._parameters[name]
+            if view.partial and parameter is not None and parameter.grad is not None:
+                grad = parameter.grad
+                grads[id(parameter)] = grad.to_local() if isinstance(grad, DTensor) else grad
+    if not grads:
+        return
+    held = list(grads.values())
+    flat = torch.cat([grad.flatten() for grad in held])
+    flat = flat.to(mesh.device_type)  # gradients may be in host memory
+    dist.all_reduce(flat, group=mesh.get_group())
+    for grad, total in zip(held, flat.split([grad.numel() for grad in held]), strict=True):
+        grad.copy_(total.view_as(grad))
 
 
 @cache
@@ -225,7 +272,7 @@ def _own_heads(attention: Attention, name: str, rule: Rule, mesh: DeviceMesh) ->
         return rule
     heads = kv_heads_of_rank(num_heads, num_kv, size, mesh.get_local_rank())
     own = Place(partial=True, spans=tuple((head * D, D) for head in heads))
-    return {"weight": own, "bias": own, "lora_a": PART, "lora_b": own}
+    return {"weight": own, "bias": own, "lora_a": PART, "lora_b": own, "magnitude": own}
 
 
 def _even(rule: Rule, vocabulary: int, mesh: DeviceMesh) -> Rule:
@@ -258,21 +305,22 @@ class _VocabularyEmbedding(nn.Module):
         return sum_partial(x.masked_fill(outside[..., None], 0), self.group)
 
 
-class _LocalEmbedding(_VocabularyEmbedding, LocalWeights, nn.Embedding):
-    pass
+@cache
+def _vocabulary_class(kind: Any) -> Any:
+    return type(f"Vocabulary{kind.__name__}", (_VocabularyEmbedding, kind), {})
 
 
-def _split_embedding(table: nn.Embedding, mesh: DeviceMesh) -> None:
-    first, rows = vocabulary_slice(table.num_embeddings, mesh)
+def _split_embedding(table: nn.Embedding | FrozenEmbedding, vocabulary: int, mesh: DeviceMesh) -> None:
+    first, rows = vocabulary_slice(vocabulary, mesh)
     local: Any = table
-    local.__class__ = _LocalEmbedding
+    local.__class__ = _vocabulary_class(local.__class__)
     local.slice, local.group = (first, rows), mesh.get_group()
-    if table.padding_idx is not None:
+    if isinstance(table, nn.Embedding) and table.padding_idx is not None:
         own = first <= table.padding_idx < first + rows
         table.padding_idx = table.padding_idx - first if own else None
 
 
-def _split_head(head: Head, vocabulary: int, mesh: DeviceMesh) -> None:
+def _split_head(head: Head | FrozenHead, vocabulary: int, mesh: DeviceMesh) -> None:
     """The loss is made of every rank's slice of the logits, which are gathered only when they are asked for."""
     group = mesh.get_group()
     first, rows = vocabulary_slice(vocabulary, mesh)

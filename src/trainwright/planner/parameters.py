@@ -11,13 +11,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cached_property
 from typing import Any, Literal
 
 from trainwright.adapt.lora import Lora
 from trainwright.adapt.quantize import FewerBits
+from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig, MoeConfig, linears
 from trainwright.model.shapes import parameter_shapes
+from trainwright.parallel.layout import Layout, check_model
+from trainwright.parallel.split import estimate_costs, split_layers
 
 Kind = Literal["embedding", "attention", "mlp", "router", "experts", "norm", "head", "adapter"]
 
@@ -50,7 +53,64 @@ class Parameter:
         return math.prod(self.shape)
 
 
-@lru_cache(maxsize=16)
+class ModelParts:
+    """A model and all that no layout changes about it: counted once, shared by every job of a search.
+
+    frozen: patterns of names that stay fixed; with adapters, only the adapters are trained.
+    """
+
+    def __init__(self, config: ModelConfig, frozen: tuple[str, ...] = ()) -> None:
+        self.config, self.frozen = config, frozen
+        self._splits: dict[tuple[Any, ...], tuple[range, ...]] = {}
+        self._refusals: dict[tuple[Any, ...], UserError | None] = {}
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return parameters(self.config, self.frozen)
+
+    @cached_property
+    def by_layer(self) -> dict[int | None, tuple[Parameter, ...]]:
+        """Parameters of each layer; None: those outside of the layers."""
+        found: dict[int | None, list[Parameter]] = {None: []}
+        for item in self.parameters:
+            found.setdefault(item.layer, []).append(item)
+        return {layer: tuple(items) for layer, items in found.items()}
+
+    @cached_property
+    def kinds(self) -> dict[int, int]:
+        """Layer -> the first layer that is like it in shape and in what is trained."""
+        first: dict[tuple[object, ...], int] = {}
+        found = {}
+        for layer, block in enumerate(self.config.layers):
+            key = (block, tuple(item.trained for item in self.by_layer.get(layer, ())))
+            found[layer] = first.setdefault(key, layer)
+        return found
+
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """Names of what is trained."""
+        return frozenset(item.name for item in self.parameters if item.trained)
+
+    def split(self, seq_len: int, recompute: str, stages: int, counts: tuple[int, ...] | None) -> tuple[range, ...]:
+        """The layers of each pipeline stage, as training splits them where it does not take costs by the clock."""
+        key = (seq_len, recompute, stages, counts)
+        if key not in self._splits:
+            self._splits[key] = split_layers(estimate_costs(self.config, seq_len, recompute), stages, counts)
+        return self._splits[key]
+
+    def check(self, layout: Layout, seq_len: int, kv_replication: bool) -> None:
+        """Raises UserError where this model cannot be spread like this (`parallel/layout.py`)."""
+        key = (layout.tp, layout.cp, layout.ep, seq_len, kv_replication)
+        if key not in self._refusals:
+            self._refusals[key] = None
+            try:
+                check_model(layout, self.config, seq_len, kv_replication=kv_replication)
+            except UserError as error:
+                self._refusals[key] = error
+        if (refused := self._refusals[key]) is not None:
+            raise refused
+
+
 def parameters(config: ModelConfig, frozen: tuple[str, ...] = ()) -> tuple[Parameter, ...]:
     """All of them. `frozen`: patterns of names that stay fixed; with adapters, only the adapters are trained."""
     leaves = dict(linears(config))
@@ -81,7 +141,8 @@ def _adapters(config: ModelConfig, leaves: dict[str, Any]) -> Iterator[Parameter
         yield Parameter(f"{module}.lora_a", a, "adapter", layer, None if column else cut)
         yield Parameter(f"{module}.lora_b", b, "adapter", layer, cut if column else None, units if column else None)
         if lora.dora:
-            yield Parameter(f"{module}.magnitude", (leaf.out_features,), "adapter", layer)
+            rows = (cut, units) if column else (None, None)
+            yield Parameter(f"{module}.magnitude", (leaf.out_features,), "adapter", layer, *rows)
 
 
 def _experts_at(config: ModelConfig, module: str) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trainwright.planner.job import Job, Stage
+from trainwright.adapt.quantize import NF4_BLOCK
+from trainwright.planner.job import Job, LayerGroup, Stage
 from trainwright.planner.parameters import Parameter, piece, tensor_piece
 
 Shape = tuple[int, ...]
@@ -103,15 +104,17 @@ def parameter_states(job: Job, item: Parameter, rank: Rank = FIRST) -> States:
 
 
 def _quantized_bytes(job: Job, item: Parameter, rank: Rank, sharded: bool) -> int:
-    """Codes and scales are cut by rows; nf4's second level of scales is whole on every rank (`adapt/frozen.py`)."""
+    """Codes and scales are cut by rows; nf4's second level of scales is whole on every rank, and where tensor or expert
+    parallelism cuts the weight there is none (`adapt/frozen.py`)."""
     assert item.quantization is not None
     shape = local_shape(job, item, rank)
-    size = item.quantization.num_bytes(*shape)
+    levels = 1 if job.layout.tp > 1 or (item.kind == "experts" and job.layout.ep > 1) else 2
+    size = item.quantization.num_bytes(*shape, levels=levels)
     if not sharded:
         return size
     *rows, columns = shape
-    blocks = math.prod(rows) * -(-columns // 64)
-    nested = 4 * -(-blocks // 256) + 4 if item.quantization.kind == "nf4" else 0
+    blocks = math.prod(rows) * -(-columns // NF4_BLOCK)
+    nested = 4 * -(-blocks // 256) + 4 if item.quantization.kind == "nf4" and levels == 2 else 0
     one = (size - nested) // max(1, shape[0])
     return piece(shape[0], parameter_shards(job, item)) * one + nested
 
@@ -136,8 +139,24 @@ def stage_states(job: Job, stage: Stage, rank: Rank = FIRST) -> States:
     """What one rank of a pipeline stage keeps from step to step."""
     total = sum_states(job, job.outer(stage), rank)
     for group in job.groups(stage):
-        total += sum_states(job, group.parameters, rank) * group.count
+        total += group_states(job, group, rank) * group.count
     return total
+
+
+def group_states(job: Job, group: LayerGroup, rank: Rank = FIRST) -> States:
+    """One layer of a kind."""
+    return job.once(("states", group.layer, rank), lambda: sum_states(job, group.parameters, rank))
+
+
+def group_elements(job: Job, group: LayerGroup, *, trained: bool = False) -> int:
+    """`whole_elements` of one layer of a kind."""
+    key = ("elements", group.layer, trained)
+    return job.once(key, lambda: whole_elements(job, group.parameters, trained=trained))
+
+
+def group_bytes(job: Job, group: LayerGroup) -> int:
+    """`whole_bytes` of one layer of a kind."""
+    return job.once(("bytes", group.layer), lambda: whole_bytes(job, group.parameters))
 
 
 def sum_states(job: Job, items: Iterable[Parameter], rank: Rank = FIRST) -> States:

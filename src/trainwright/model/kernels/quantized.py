@@ -29,6 +29,8 @@ Pieces = list[Tensor]
 NF4_BLOCK = 64
 ABSMAX_BLOCK = 256
 FP8_MAX = 448.0
+FP8_LEAST_SCALE = 1e-30
+"""Of a row of zeros; far above float32's subnormal numbers, which kernels may take for zero."""
 # Rows are quantized a few at a time: the work space stays below half a GiB whatever the weight's size.
 _ROWS_NUMEL = 1 << 24
 
@@ -131,7 +133,7 @@ def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (rows.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_(min=1e-38)
+    scale = (rows.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_(min=FP8_LEAST_SCALE)
     return (rows / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainwright.model.kernels import quantized
-from trainwright.model.kernels.quantized import FP8_MAX, Kind, Pieces
+from trainwright.model.kernels.quantized import FP8_LEAST_SCALE, FP8_MAX, Kind, Pieces
 
 
 @triton.jit
@@ -71,7 +71,10 @@ def dequantize(kind: Kind, pieces: Pieces, columns: int, dtype: torch.dtype) -> 
 
 
 @triton.jit
-def _fp8_rows_kernel(x, factor, codes, scale, columns, LIMIT: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr):
+def _fp8_rows_kernel(
+    x, factor, codes, scale, columns: tl.constexpr,
+    LIMIT: tl.constexpr, LEAST: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     highest = tl.zeros([WIDTH], dtype=tl.float32)
@@ -81,8 +84,7 @@ def _fp8_rows_kernel(x, factor, codes, scale, columns, LIMIT: tl.constexpr, SCAL
         if SCALED:
             values *= tl.load(factor + begin + column, mask=inside, other=0.0)
         highest = tl.maximum(highest, tl.abs(values))
-    # 1e-38 is below float32's normal numbers, so Triton would take it, and all that follows, for float64.
-    unit = tl.maximum(tl.max(highest, 0) / LIMIT, tl.full([], 1e-38, tl.float32))
+    unit = tl.maximum(tl.max(highest, 0) / LIMIT, LEAST)
     tl.store(scale + row, unit)
     for begin in range(0, columns, WIDTH):
         inside = begin + column < columns
@@ -101,8 +103,9 @@ def to_fp8_rows(x_MK: Tensor, factor_K: Tensor | None = None) -> tuple[Tensor, T
     scale = torch.empty(rows, 1, device=x_MK.device)
     factor = x_MK if factor_K is None else factor_K.contiguous()
     _fp8_rows_kernel[(rows,)](
-        x_MK, factor, codes, scale, columns, LIMIT=FP8_MAX, SCALED=factor_K is not None, WIDTH=4096, num_warps=8
-    )
+        x_MK, factor, codes, scale, columns,
+        LIMIT=FP8_MAX, LEAST=FP8_LEAST_SCALE, SCALED=factor_K is not None, WIDTH=4096, num_warps=8,
+    )  # fmt: skip
     return codes, scale
 
 

@@ -1,0 +1,69 @@
+"""Every Triton kernel compiles to machine code of the cards it is meant for, which needs no card: Triton alone."""
+
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+CARDS = (80, 90)
+
+
+def compiled(kernel, types, constants, card, warps=4):
+    """Machine code of `kernel` whose arguments without a constant have `types`, as its launcher passes them."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    return triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps}).asm["cubin"]
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("out", ["*bf16", "*fp32", "*fp16"])
+def test_nf4(card, nested, out):
+    from trainwright.model.kernels.triton_quantized import _nf4_kernel
+
+    absmax = "*u8" if nested else "*fp32"
+    types = ["*u8", absmax, "*fp32", "*fp32", "*fp32", "*fp32", out, "i32"]
+    assert compiled(_nf4_kernel, types, {"NESTED": nested, "BLOCKS": 64}, card)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_int8(card):
+    from trainwright.model.kernels.triton_quantized import _int8_kernel
+
+    assert compiled(_int8_kernel, ["*i8", "*fp32", "*bf16", "i32"], {"WIDTH": 4096}, card, 8)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("x", ["*bf16", "*fp32"])
+def test_fp8_rows(scaled, x):
+    from trainwright.model.kernels.quantized import FP8_LEAST_SCALE, FP8_MAX
+    from trainwright.model.kernels.triton_quantized import _fp8_rows_kernel
+
+    constants = {"columns": 14336, "LIMIT": FP8_MAX, "LEAST": FP8_LEAST_SCALE, "SCALED": scaled, "WIDTH": 4096}
+    types = [x, "*fp32" if scaled else x, "*fp8e4nv", "*fp32"]
+    assert compiled(_fp8_rows_kernel, types, constants, 90, 8)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_transpose(card):
+    from trainwright.model.kernels.triton_quantized import _transpose_kernel
+
+    assert compiled(_transpose_kernel, ["*u8", "*u8", "i32", "i32"], {"SIZE": 128}, card, 8)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("guarded", [True, False])
+def test_adamw8bit(card, guarded):
+    from trainwright.train.triton_adamw8bit import _adamw_kernel
+
+    moments = ["*u8", "*fp32", "*u8", "*fp32"]
+    types = ["*fp32", "*fp32", *moments, *["*fp32"] * 3, *["*fp32"] * 4, *["fp32"] * 5, "i32", "i32"]
+    constants = {"SCALED": guarded, "GUARDED": guarded, "SIZE": 256, "BLOCKS": 8}
+    assert compiled(_adamw_kernel, types, constants, card)
