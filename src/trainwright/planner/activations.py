@@ -45,6 +45,11 @@ class LayerActivations:
         self.kept[part] = self.kept.get(part, 0) + int(size)
 
 
+def kind_activations(job: Job, layer: int) -> LayerActivations:
+    """`layer_activations` of the first layer of a kind, counted once for all stages."""
+    return job.once(("activations", layer), lambda: layer_activations(job, layer))
+
+
 def layer_activations(job: Job, layer: int) -> LayerActivations:
     """Counts one layer. Layers that are equal in shape and in what is trained give equal counts."""
     block, path = job.block(layer), f"layers.{layer}"

@@ -9,10 +9,11 @@ from trainwright.adapt.rewrite import adapted_config
 from trainwright.model import named
 from trainwright.model.config import ModelConfig
 from trainwright.model.source import load_config
-from trainwright.parallel.layout import Layout, check_model
+from trainwright.parallel.layout import Layout
 from trainwright.planner.calibration import Calibration, load_calibration
 from trainwright.planner.hardware import Cluster
 from trainwright.planner.job import Job
+from trainwright.planner.parameters import ModelParts
 from trainwright.planner.program import Program, own_program
 from trainwright.recipe.schema import Recipe
 
@@ -35,26 +36,34 @@ def _vocabulary(tokenizer: str) -> int:
     return -(-load_tokenizer(tokenizer).vocab_size // 64) * 64
 
 
+def frozen_of(recipe: Recipe) -> tuple[str, ...]:
+    """Patterns of names that stay fixed."""
+    return tuple(recipe.model.frozen)
+
+
 def build_job(
     recipe: Recipe,
     cluster: Cluster,
     *,
-    config: ModelConfig | None = None,
+    config: ModelConfig | ModelParts | None = None,
     program: Program | None = None,
     calibration: Calibration | None = None,
     micro_batch: int | None = None,
 ) -> Job:
-    """Puts a job together; `micro_batch` stands in where the recipe says auto (default 1)."""
+    """Puts a job together; `micro_batch` stands in where the recipe says auto (default 1).
+
+    config: the model's tree where it is known; as `ModelParts` it is also counted once for many jobs.
+    """
     layout = Layout.of(recipe.parallel, cluster.gpus)
-    config = config or model_config(recipe)
+    model = config if isinstance(config, ModelParts) else ModelParts(config or model_config(recipe), frozen_of(recipe))
     if program is None:  # another system may spread what we refuse to
-        check_model(layout, config, recipe.data.seq_len, kv_replication=recipe.parallel.kv_replication)
+        model.check(layout, recipe.data.seq_len, recipe.parallel.kv_replication)
     size = recipe.train.micro_batch_size
     rows = micro_batch or (size if isinstance(size, int) else 1)
     accumulation = layout.accumulation(rows, recipe.train.global_batch_size, recipe.train.gradient_accumulation_steps)
     return Job(
         recipe,
-        config,
+        model,
         layout,
         cluster,
         calibration or load_calibration(cluster.card),

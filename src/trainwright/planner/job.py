@@ -5,17 +5,21 @@ Owns how they are put together, from the very objects that training builds from,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
 
 from trainwright.model.config import AttentionConfig, BlockConfig, ModelConfig
 from trainwright.parallel.layout import Layout, kv_heads_of_rank
-from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs, split_layers, stages_of_rank
+from trainwright.parallel.split import RowSplit, choose_row_split, stages_of_rank
 from trainwright.planner.calibration import Calibration
 from trainwright.planner.hardware import Cluster
-from trainwright.planner.parameters import Parameter, parameters
+from trainwright.planner.parameters import ModelParts, Parameter
 from trainwright.planner.program import Program
 from trainwright.recipe.schema import Recipe
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,25 @@ class Job:
     """Everything that memory and time depend on. `accumulation`: micro batches of a rank in one optimizer step."""
 
     recipe: Recipe
-    config: ModelConfig
+    model: ModelParts
     layout: Layout
     cluster: Cluster
     calibration: Calibration
     program: Program
     micro_batch: int
     accumulation: int
+    _known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """What `make` gives, made once for this job: layers of one kind in all stages ask for the same."""
+        if key not in self._known:
+            self._known[key] = make()
+        value: Value = self._known[key]
+        return value
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
 
     @property
     def seq_len(self) -> int:
@@ -78,27 +94,21 @@ class Job:
         """Ranks that share one copy of what is sharded."""
         return self.layout.dp_shard * self.layout.cp if self.layout.zero else 1
 
-    @cached_property
+    @property
     def parameters(self) -> tuple[Parameter, ...]:
-        return parameters(self.config, tuple(self.recipe.model.frozen))
+        return self.model.parameters
 
-    @cached_property
+    @property
     def by_layer(self) -> dict[int | None, tuple[Parameter, ...]]:
-        """Parameters of each layer; None: those outside of the layers."""
-        found: dict[int | None, list[Parameter]] = {None: []}
-        for item in self.parameters:
-            found.setdefault(item.layer, []).append(item)
-        return {layer: tuple(items) for layer, items in found.items()}
+        return self.model.by_layer
 
-    @cached_property
+    @property
     def kinds(self) -> dict[int, int]:
-        """Layer -> the first layer that is like it in shape and in what is trained."""
-        first: dict[tuple[object, ...], int] = {}
-        found = {}
-        for layer, block in enumerate(self.config.layers):
-            key = (block, tuple(item.trained for item in self.by_layer.get(layer, ())))
-            found[layer] = first.setdefault(key, layer)
-        return found
+        return self.model.kinds
+
+    def alike(self, stage: Stage) -> Hashable:
+        """Equal for stages of which a rank holds and does the same."""
+        return tuple(self.kinds[layer] for layer in stage.layers), stage.embedding, stage.head, stage.in_flight
 
     def groups(self, stage: Stage) -> list[LayerGroup]:
         """The stage's layers by kind."""
@@ -118,10 +128,10 @@ class Job:
 
         return tuple(item for item in self.by_layer[None] if here(item))
 
-    @cached_property
+    @property
     def trained(self) -> frozenset[str]:
         """Names of what is trained."""
-        return frozenset(item.name for item in self.parameters if item.trained)
+        return self.model.trained
 
     @cached_property
     def row_split(self) -> RowSplit:
@@ -159,7 +169,7 @@ class Job:
             return (Stage(0, tuple(range(self.config.num_layers)), True, True, 1),)
         owned = [stages_of_rank(rank, layout.pp, parallel.pp_schedule, parallel.pp_stages) for rank in range(layout.pp)]
         counts = tuple(parallel.pp_layers) if isinstance(parallel.pp_layers, list) else None
-        parts = _split(self.config, self.seq_len, self.recompute, layout.pp * len(owned[0]), counts)
+        parts = self.model.split(self.seq_len, self.recompute, layout.pp * len(owned[0]), counts)
         return tuple(self._stage(rank, mine, parts) for rank, mine in enumerate(owned))
 
     def _stage(self, rank: int, mine: tuple[int, ...], parts: tuple[range, ...]) -> Stage:
@@ -179,14 +189,3 @@ class Job:
 
     def is_trained(self, name: str) -> bool:
         return name in self.trained
-
-    def changed(self, **changes: object) -> Job:
-        return replace(self, **changes)  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=64)
-def _split(
-    config: ModelConfig, seq_len: int, recompute: str, stages: int, counts: tuple[int, ...] | None
-) -> tuple[range, ...]:
-    """The layers of each stage, as training splits them where it does not take costs by the clock."""
-    return split_layers(estimate_costs(config, seq_len, recompute), stages, counts)

@@ -10,11 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from trainwright.planner.activations import layer_activations
+from trainwright.planner.activations import kind_activations
 from trainwright.planner.hardware import GIB
 from trainwright.planner.job import Job, Stage
 from trainwright.planner.program import chunk_tokens
-from trainwright.planner.states import States, stage_states, sum_states, whole_bytes, whole_elements
+from trainwright.planner.states import (
+    States,
+    group_bytes,
+    group_elements,
+    group_states,
+    stage_states,
+    sum_states,
+    whole_bytes,
+    whole_elements,
+)
 
 Parts = dict[str, int]
 
@@ -91,13 +100,18 @@ def plan_memory(job: Job) -> MemoryPlan:
     groups = communicator_count(job)
     calibration = job.calibration
     return MemoryPlan(
-        tuple(_Walk(job, stage).run() for stage in job.stages),
+        tuple(_stage_memory(job, stage) for stage in job.stages),
         job.program.reserved,
         job.program.slack,
         int((job.program.context_gib or calibration.context_gib) * GIB),
         int(calibration.communicator_gib * GIB) * groups,
         int(job.cluster.card.memory_gib * GIB),
     )
+
+
+def _stage_memory(job: Job, stage: Stage) -> StageMemory:
+    like = job.once(("memory", job.alike(stage)), lambda: _Walk(job, stage).run())
+    return like if like.stage == stage else StageMemory(stage, like.states, like.moments)
 
 
 def communicator_count(job: Job) -> int:
@@ -120,7 +134,7 @@ class _Walk:
         self.states = stage_states(job, stage)
         self.groups = job.groups(stage)
         self.outer = job.outer(stage)
-        self.activations = {group.layer: layer_activations(job, group.layer) for group in self.groups}
+        self.activations = {group.layer: kind_activations(job, group.layer) for group in self.groups}
         self.device = "cpu" if job.cluster.card.name == "CPU" else "gpu"
 
     def run(self) -> StageMemory:
@@ -129,11 +143,11 @@ class _Walk:
 
     def _whole(self, *, trained: bool = False) -> int:
         """Elements of all of the stage's weights after tensor and expert parallelism."""
-        layers = sum(group.count * whole_elements(self.job, group.parameters, trained=trained) for group in self.groups)
+        layers = sum(group.count * group_elements(self.job, group, trained=trained) for group in self.groups)
         return layers + whole_elements(self.job, self.outer, trained=trained)
 
     def _largest_layer(self, *, trained: bool = False) -> int:
-        sizes = [whole_elements(self.job, group.parameters, trained=trained) for group in self.groups]
+        sizes = [group_elements(self.job, group, trained=trained) for group in self.groups]
         return max(sizes, default=0)
 
     # ---- what stands through a whole step
@@ -156,12 +170,12 @@ class _Walk:
         job, program, zero = self.job, self.program, self.job.layout.zero
         if not job.fsdp and (zero < program.weights_sharded_from or job.shards == 1):
             return {}
-        layer = max((whole_bytes(job, group.parameters) for group in self.groups), default=0)
+        layer = max((group_bytes(job, group) for group in self.groups), default=0)
         layers = int(program.gathered_layers * layer)
         if not job.fsdp:
             return {"gathered weights": layers + (whole_bytes(job, self.outer) if program.outer_gathered else 0)}
         if zero < 3 or job.layout.pp > 1:
-            everything = sum(group.count * whole_bytes(job, group.parameters) for group in self.groups)
+            everything = sum(group.count * group_bytes(job, group) for group in self.groups)
             return {"gathered weights": everything + whole_bytes(job, self.outer)}
         tied = job.config.lm_head.tied
         head = [item for item in self.outer if tied or item.kind == "head"]
@@ -221,23 +235,27 @@ class _Walk:
         """Layer by layer from the last: kept tensors go, gradients come (from the second micro batch on they are there
         already), and the running layer has its gradients and what it computes again."""
         device = 0 if self.job.states_in_host else 1
-        own = {group.layer: device * sum_states(self.job, group.parameters).gradients for group in self.groups}
+        own = {group.layer: device * group_states(self.job, group).gradients for group in self.groups}
         waiting = everything
         come = device * sum_states(self.job, self.outer).gradients if self.stage.head else 0
         best: Moment | None = None
-        for layer in sorted(self.stage.layers, reverse=True):
-            kind = self.job.kinds[layer]
+        kinds = [self.job.kinds[layer] for layer in sorted(self.stage.layers, reverse=True)]
+        reducing = self._reducing()
+        for at, kind in enumerate(kinds):
+            come_now, waiting_now = come, waiting
+            waiting, come = waiting - (0 if self.job.activations_in_host else held[kind]), come + own[kind]
+            if 0 < at < len(kinds) - 1 and kinds[at - 1] == kind == kinds[at + 1]:
+                continue  # between equal layers both change evenly: the most is at an end
             activations = self.activations[kind]
             running = activations.work + max(0, activations.total - held[kind])
             parts = standing | {
-                "activations": waiting,
+                "activations": waiting_now,
                 "a layer's backward pass": running,
-                "gradients": standing.get("gradients", come),
-                "reduction buffers": self._reducing(),
+                "gradients": standing.get("gradients", come_now),
+                "reduction buffers": reducing,
             }
             here = Moment("backward", {name: size for name, size in parts.items() if size})
             best = here if best is None or here.total > best.total else best
-            waiting, come = waiting - (0 if self.job.activations_in_host else held[kind]), come + own[kind]
         return best or Moment("backward", standing)
 
     def _held(self, layer: int) -> int:

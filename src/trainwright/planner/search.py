@@ -13,16 +13,19 @@ from typing import Any
 
 from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig
-from trainwright.planner.build import build_job, model_config
+from trainwright.parallel.split import check_micro_batches
+from trainwright.planner.build import build_job, frozen_of, model_config
 from trainwright.planner.calibration import load_calibration
 from trainwright.planner.hardware import GIB, Cluster
 from trainwright.planner.job import Job
 from trainwright.planner.memory import MemoryPlan, plan_memory
-from trainwright.planner.plan import Plan, changed
+from trainwright.planner.parameters import ModelParts
+from trainwright.planner.plan import Plan
 from trainwright.planner.speed import SpeedPlan, plan_speed
 from trainwright.recipe.schema import Recipe
 
 Words = dict[str, Any]
+MISSES = 4  # rows of the table that show what nearly fits
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class _Search:
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster = recipe, cluster
         self.calibration = load_calibration(cluster.card)
-        self.trees: dict[Any, ModelConfig] = {}
+        self.trees: dict[Any, ModelParts] = {}
         self.rows = self._global_batch()
         self.tried = 0
 
@@ -85,7 +88,7 @@ class _Search:
                 "change train.global_batch_size or --gpus"
             )
         found.sort(key=lambda item: (-item.rate, -item.memory.free))
-        return Ranking([_explained(item, found[0]) for item in found[:keep]], self.tried)
+        return Ranking([_explained(item, found[0]) for item in _shown(found, keep)], self.tried)
 
     def _global_batch(self) -> int | None:
         """Rows of an optimizer step that every candidate keeps; None: one micro batch for each data rank."""
@@ -96,15 +99,15 @@ class _Search:
             return None
         return build_job(self.recipe, self.cluster, config=self._tree(self.recipe)).global_batch
 
-    def _tree(self, recipe: Recipe) -> ModelConfig:
+    def _tree(self, recipe: Recipe) -> ModelParts:
         """The model of a recipe, which layouts do not change."""
         if recipe.quantize not in self.trees:
-            self.trees[recipe.quantize] = model_config(recipe)
+            self.trees[recipe.quantize] = ModelParts(model_config(recipe), frozen_of(recipe))
         return self.trees[recipe.quantize]
 
     def _layouts(self) -> Iterator[Words]:
         """Degrees of every axis and fewer bits, without the micro batch."""
-        config, cluster, world = self._tree(self.recipe), self.cluster, self.cluster.gpus
+        config, cluster, world = self._tree(self.recipe).config, self.cluster, self.cluster.gpus
         heads = config.layers[0].self_attn.num_heads
         degrees = [n for n in range(1, world + 1) if world % n == 0 and (n & (n - 1) == 0 or world <= 64)]
         bits: list[Words] = [{}]
@@ -119,16 +122,20 @@ class _Search:
             for schedule in ("1f1b", "interleaved", "zbv") if pp > 1 else ("1f1b",):
                 axes: Words = {"parallel.tp": tp, "parallel.cp": cp, "parallel.pp": pp, **words}
                 axes["parallel.pp_schedule"] = schedule
-                yield from ({**axes, **more} for more in self._data_axes(config, world // (tp * cp * pp), cp, tp))
+                data = world // (tp * cp * pp)
+                yield from ({**axes, **more} for more in self._data_axes(config, data, cp, tp, pp))
 
-    def _data_axes(self, config: ModelConfig, data: int, cp: int, tp: int) -> Iterator[Words]:
-        """ZeRO stages, whole or hybrid sharding, and experts, over what is left of the ranks."""
+    def _data_axes(self, config: ModelConfig, data: int, cp: int, tp: int, pp: int) -> Iterator[Words]:
+        """ZeRO stages, whole or hybrid sharding, and experts, over what is left of the ranks.
+
+        In a pipeline weights stay gathered and gradients are summed once a step, so its ZeRO stages are one.
+        """
         experts = getattr(getattr(config.layers[0].mlp, "experts", None), "num_experts", 1)
         in_node = max(1, self.cluster.gpus_per_node // tp)
         hybrid = data * cp > in_node and data % in_node == 0
         for replicate in (1, data // in_node) if hybrid else (1,):
             ranks = data // replicate * cp
-            for zero in (1, 2, 3) if data * cp > 1 else (3,):
+            for zero in (1, 2, 3) if data * cp > 1 and pp == 1 else (1 if pp > 1 else 3,):
                 for ep in sorted({1, min(experts, ranks)}):
                     if ranks % ep == 0 and experts % ep == 0:
                         yield {"parallel.dp_replicate": replicate, "parallel.zero": zero, "parallel.ep": ep}
@@ -148,30 +155,50 @@ class _Search:
         return best
 
     def _micro_batches(self, words: Words) -> list[int]:
-        """Powers of two that divide a data rank's rows."""
+        """Powers of two that divide a data rank's rows and give every pipeline stage its work."""
         if self.rows is None:
             return [2**power for power in range(8)]
-        ranks = self.cluster.gpus // (words["parallel.tp"] * words["parallel.cp"] * words["parallel.pp"])
-        if self.rows % ranks:
+        pp = words["parallel.pp"]
+        rows, rest = divmod(self.rows, self.cluster.gpus // (words["parallel.tp"] * words["parallel.cp"] * pp))
+        if rest:
             return []
-        return [2**power for power in range(11) if self.rows // ranks % 2**power == 0]
+        sizes = [2**power for power in range(11) if rows % 2**power == 0]
+        return [size for size in sizes if pp == 1 or rows // size >= pp]  # with fewer, stages would stand idle
 
     def _judge(self, words: Words, size: int) -> Candidate | None:
         """None for what does not divide."""
         words = {**words, "train.micro_batch_size": size}
         if self.rows is not None:
             words["train.global_batch_size"] = self.rows
+        recipe = _with(self.recipe, words)
         try:
-            recipe = changed(self.recipe, words)
-            tree = self._tree(recipe)
-            job = build_job(recipe, self.cluster, config=tree, calibration=self.calibration)
-            if job.layout.pp > 1 and job.accumulation < job.layout.pp:
-                return None  # stages would stand idle most of the time
+            job = build_job(recipe, self.cluster, config=self._tree(recipe), calibration=self.calibration)
+            check_micro_batches(recipe.parallel.pp_schedule, job.layout.pp, job.accumulation)
             memory = plan_memory(job)
         except UserError:
             return None
         self.tried += 1
         return Candidate(words, recipe, job, memory, plan_speed(job) if memory.fits else None)
+
+
+def _with(recipe: Recipe, words: Words) -> Recipe:
+    """The recipe with other keys, which are sound by the way they were made: checking thousands would take seconds."""
+    sections: dict[str, dict[str, Any]] = {"train": {}, "parallel": {}, "": {}}
+    for key, value in words.items():
+        section, _, name = key.rpartition(".")
+        sections[section][name] = value
+    if "global_batch_size" in sections["train"]:
+        sections["train"]["gradient_accumulation_steps"] = None
+    train = recipe.train.model_copy(update=sections["train"])
+    parallel = recipe.parallel.model_copy(update=sections["parallel"])
+    return recipe.model_copy(update={**sections[""], "train": train, "parallel": parallel})
+
+
+def _shown(found: list[Candidate], keep: int) -> list[Candidate]:
+    """The best `keep`, with some of the nearest misses among them: why they lose is worth knowing too."""
+    fitting, missing = ([item for item in found if item.fits is fits] for fits in (True, False))
+    misses = missing[: max(keep - len(fitting), min(MISSES, keep // 4))]
+    return fitting[: keep - len(misses)] + misses
 
 
 def _explained(item: Candidate, best: Candidate) -> Candidate:

@@ -7,14 +7,14 @@ pipeline's bubble, accumulation, the optimizer. Owns tokens/s and MFU.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
-from trainwright.planner.activations import layer_activations
+from trainwright.planner.activations import kind_activations
 from trainwright.planner.collectives import Wires
 from trainwright.planner.hardware import GIGA, TERA
 from trainwright.planner.job import Job, LayerGroup, Stage
-from trainwright.planner.states import stage_states, whole_elements
-from trainwright.planner.work import Work, head_work, kv_width, layer_work
+from trainwright.planner.states import group_elements, stage_states, whole_elements
+from trainwright.planner.work import Work, head_work, kind_work, kv_width
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SpeedPlan:
 
 def plan_speed(job: Job) -> SpeedPlan:
     """The slowest stage sets the pace of all."""
-    stages = [_StageTime(job, stage) for stage in job.stages]
+    stages = [job.once(("time", job.alike(stage)), partial(_StageTime, job, stage)) for stage in job.stages]
     slowest = max(stages, key=lambda stage: stage.micro_batch)
     parts = slowest.step_parts()
     bubble = _bubble(job, slowest)
@@ -103,7 +103,7 @@ class _StageTime:
     def __init__(self, job: Job, stage: Stage) -> None:
         self.job, self.stage, self.program = job, stage, job.program
         self.wires = Wires(job.cluster, job.calibration, job.layout, job.shards)
-        self.works = [(group, layer_work(job, group.layer)) for group in job.groups(stage)]
+        self.works = [(group, kind_work(job, group.layer)) for group in job.groups(stage)]
         self.head = head_work(job) if stage.head else Work()
 
     @cached_property
@@ -143,8 +143,8 @@ class _StageTime:
             parts["host"] = short
         inner_forward, inner_backward = self._activations_travel()
         parts["activations' travel"] = inner_forward + inner_backward
-        elements = whole_elements(self.job, group.parameters)
-        trained = whole_elements(self.job, group.parameters, trained=True)
+        elements = group_elements(self.job, group)
+        trained = group_elements(self.job, group, trained=True)
         forward, backward = self._weights_travel(elements, trained)
         shown, slowed = 0.0, 0.0
         for travel, compute in ((forward, work.forward), (backward, work.backward + again)):
@@ -159,7 +159,7 @@ class _StageTime:
         job = self.job
         if not job.activations_in_host:
             return 0.0
-        one = layer_activations(job, layer).held(job.recompute) / (job.cluster.card.host_link * GIGA)
+        one = kind_activations(job, layer).held(job.recompute) / (job.cluster.card.host_link * GIGA)
         return max(0.0, one - work.forward) + max(0.0, one - work.backward)
 
     def _again(self, work: Work) -> float:
@@ -223,7 +223,7 @@ class _StageTime:
         ends += wires.reduce_scatter("shard", trained * program.reduce)
         ends += wires.all_reduce("replicate", trained * program.reduce / max(1, job.shards))
         if 0 < job.layout.zero < program.weights_sharded_from:  # updated shards go back to all (ZeRO 1 and 2)
-            layers = sum(group.count * whole_elements(job, group.parameters, trained=True) for group, _ in self.works)
+            layers = sum(group.count * group_elements(job, group, trained=True) for group, _ in self.works)
             ends += wires.all_gather("shard", (layers + trained) * program.compute)
         return ends
 

@@ -86,6 +86,11 @@ class Roofline:
         return size / self.bandwidth
 
 
+def kind_work(job: Job, layer: int) -> Work:
+    """`layer_work` of the first layer of a kind, counted once for all stages."""
+    return job.once(("work", layer), lambda: layer_work(job, layer))
+
+
 def layer_work(job: Job, layer: int) -> Work:
     """One layer, one micro batch."""
     block, path, roofline, program = job.block(layer), f"layers.{layer}", Roofline(job), job.program
