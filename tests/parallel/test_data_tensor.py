@@ -171,6 +171,8 @@ def adapter_gradients(layout: Layout) -> dict[str, Tensor]:
     for number, batch in enumerate(batches, 1):
         shard.begin_micro_batch(model, world, last=number == len(batches))
         model(**to_inputs(batch, world.device)).loss_sum.backward()
+    if layout.tp > 1:
+        tensor.sum_partial_gradients(model, world.meshes["tp"])
     held = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in held.items()}  # type: ignore[misc]
 

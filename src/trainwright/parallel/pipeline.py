@@ -218,7 +218,7 @@ class Pipeline:
             torch.empty((), device="meta", requires_grad=True),
             torch.empty((), dtype=torch.int64, device="meta"),
         )
-        return PipelineStage(
+        return _Stage(
             self.stages[index],
             index,
             len(self.cut.stages),
@@ -347,6 +347,14 @@ class Pipeline:
 
     def positions(self, *args: Any) -> Tensor:
         return self.model.positions(*args)
+
+
+class _Stage(PipelineStage):
+    """Before the first step every stage greets its neighbours, so that connections exist. A V has neighbours on one
+    rank, and torch 2.11 would send to itself, for which gloo has no connection."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 class _StageCall:

@@ -24,6 +24,7 @@ from trainwright.model.transformer import LossOutput
 from trainwright.parallel.mesh import World
 from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.shard import begin_micro_batch, grad_norm
+from trainwright.parallel.tensor import sum_partial_gradients
 from trainwright.train.graph import GraphedPasses
 from trainwright.train.optimizer import Optimizers
 
@@ -99,6 +100,9 @@ class TrainStep:
         layout = self.world.layout
         counts = self.world.sum(counts, copies=layout.row_copies)
         loss_sum = self.world.sum(self._accumulate(batches, counts[0].clamp(min=1)), copies=layout.token_copies)
+        tp = self.world.axis("tp")
+        if tp is not None:
+            sum_partial_gradients(self.model.model if isinstance(self.model, Pipeline) else self.model, tp)
         norm = self._grad_norm() / self.loss_scale.value
         bad = 1 - (loss_sum.isfinite() & norm.isfinite()).float()
         report = torch.cat([counts, torch.stack([loss_sum, norm.to(counts.dtype), bad.to(counts.dtype)])])
