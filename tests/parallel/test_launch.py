@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ def launch(mode: str, folder: Path) -> tuple[int, str]:
     """Two processes under our launcher: (exit status, what the screen shows)."""
     environment = {**os.environ, "TRAINWRIGHT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCH, mode, str(folder)], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", LAUNCH, mode, str(folder)], capture_output=True, text=True, env=environment, timeout=600
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -121,3 +122,13 @@ def test_who_started_us() -> None:
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+def test_ctrl_c_before_training_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trainwright", "train", "quickstart", f"output={tmp_path}", "--gpus", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and "2 CPU processes" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=300)[1]
+    assert process.returncode == 130
+    assert said.strip() == "trainwright: interrupted"

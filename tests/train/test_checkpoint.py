@@ -287,7 +287,7 @@ RANKS = textwrap.dedent("""
 def ranks(program, count, *words):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0"]
     command = [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(program), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -192,7 +192,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, number):
     while len(read_lines(metrics)) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     step = read_lines(metrics)[-1]["step"]
     assert f"stopped by {number.name} after step {step}; resume with: trainwright train" in out

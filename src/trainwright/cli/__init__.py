@@ -33,6 +33,9 @@ app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 
+INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+
+
 def main() -> None:
     """The `trainwright` program."""
     try:
@@ -40,6 +43,10 @@ def main() -> None:
     except UserError as error:
         print(f"trainwright: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as leave:
+        if leave.code == INTERRUPTED:
+            print("trainwright: interrupted", file=sys.stderr)
+        raise
     except BrokenPipeError:  # `trainwright recipes | head`
         sys.stderr.close()
         sys.exit(0)

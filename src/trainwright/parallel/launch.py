@@ -87,7 +87,9 @@ def run_processes(count: int, command: Sequence[str] | Callable[[], None], folde
             signals_to_handle="SIGQUIT",  # the others are ours: a run that is stopped saves first
             start_method="fork",
         )
-        forward = {number: signal.signal(number, _forward_to(folder)) for number in (signal.SIGINT, signal.SIGTERM)}
+        forward = {
+            number: signal.signal(number, _forward_to(folder, count)) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             entry, words = (command, ()) if callable(command) else (command[0], command[1:])
             elastic_launch(config, entrypoint=entry)(*words)
@@ -99,9 +101,14 @@ def run_processes(count: int, command: Sequence[str] | Callable[[], None], folde
     return 0
 
 
-def _forward_to(folder: Path) -> Callable[[int, FrameType | None], None]:
+def _forward_to(folder: Path, count: int) -> Callable[[int, FrameType | None], None]:
+    """Ranks that train save and leave; while some still start, there is nothing to save and the launcher ends all."""
+
     def forward(number: int, _: FrameType | None) -> None:
-        for status in watch.read_statuses(folder).values():
+        statuses = watch.read_statuses(folder)
+        if len(statuses) < count:
+            raise KeyboardInterrupt
+        for status in statuses.values():
             with suppress(ProcessLookupError):
                 os.kill(status.pid, number)
 
