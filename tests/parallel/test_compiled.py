@@ -1,4 +1,5 @@
-"""Compiled layers train as eager ones do, whole and split. The graph is captured and differentiated, not lowered."""
+"""Compiled layers train as eager ones do, whole and split, each as one graph. It is captured and differentiated, not
+lowered."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.parallel import parity
 from tests.parallel.parity import TOLERANCE, Case, Trace, differences
@@ -25,7 +27,13 @@ def compiled(case: Case) -> Trace:
         replaced(torch, "compile", functools.partial(torch.compile, backend="aot_eager")),
         replaced(parity, "parallelize", with_compile),
     ):
-        return parity.trace_of(case)
+        torch._dynamo.reset()
+        counters.clear()
+        trace = parity.trace_of(case)
+    breaks = dict(counters["graph_break"])
+    assert not breaks, f"a layer is not one graph, or not compiled at all: {breaks}"
+    assert counters["stats"]["unique_graphs"] >= 1
+    return trace
 
 
 @pytest.mark.parametrize(
@@ -33,7 +41,9 @@ def compiled(case: Case) -> Trace:
     [
         Case("llama", Layout(world_size=2)),
         Case("llama", Layout(world_size=2, tp=2)),
-        Case("bloom", Layout(world_size=2, tp=2)),
+        Case("llama", Layout(world_size=2, tp=2), (("recompute", "full"),)),
+        Case("bloom", Layout(world_size=2, tp=2), (("recompute", "selective"),)),
+        Case("llama", Layout(world_size=2, cp=2), (("recompute", "full"),)),
     ],
     ids=str,
 )

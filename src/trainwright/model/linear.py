@@ -4,15 +4,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainwright.model.config import LinearConfig
+from trainwright.model.kernels.float8 import Scaling, fits, float8_linear
 
 
 class Linear(nn.Linear):
     """y = x W^T + b in x's type. Weights that are kept wider (float32 masters under bf16 compute) are cast where they
     are used, and their gradients arrive in their own type."""
 
+    float8: Scaling | None = None  # set from outside: in training its products run in 8 bits
+
     def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight.to(input.dtype)
         bias = self.bias if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        if self.float8 is not None and self.training and fits(input, weight):
+            output = float8_linear(input, weight, self.float8)
+            return output if bias is None else output + bias
+        return F.linear(input, weight, bias)
 
 
 def build_linear(config: LinearConfig) -> nn.Module:

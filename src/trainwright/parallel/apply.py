@@ -130,6 +130,12 @@ def _recompute_and_compile(layers: list[nn.Module], recipe: ParallelRecipe, in_f
     if compiled and recipe.recompute == "selective" and memory is not None:
         apply_budget(layers, memory, in_flight=in_flight, compile_=torch.compile)
         return
+    if compiled and recipe.recompute == "full":
+        # Compiled inside and computed again outside: the second forward is the very program of the first, with the
+        # attention kernel that was asked for, and whatever breaks its graph (an exchange of tokens) may.
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward)
+        compiled = False
     apply_recompute(layers, recipe.recompute, memory_gib=memory, in_flight=in_flight)
     if compiled:
         for layer in layers:

@@ -31,6 +31,9 @@ class TrainRecipe(Section):
     weight_decay: float = Field(0.1, ge=0, description="on matrices only, never on norms and biases")
     max_grad_norm: float = Field(1.0, ge=0, description="clip by global norm; 0 does not clip")
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="compute type; fp16 scales the loss")
+    float8: Literal["tensorwise", "rowwise"] | None = Field(
+        None, description="layers' matrix products in 8-bit floats, scaled by tensor (fastest) or by row"
+    )
     master_weights: bool = Field(True, description="float32 weights and optimizer states beside bf16/fp16 compute")
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on GPUs")
     cuda_graph: bool = Field(False, description="record a pass and replay it: for rows of up to about 2048 tokens")

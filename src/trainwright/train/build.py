@@ -25,6 +25,9 @@ from trainwright.model.checkpoint import load_config, load_weights
 from trainwright.model.config import ModelConfig
 from trainwright.model.embed import Head
 from trainwright.model.folder import resolve
+from trainwright.model.kernels.float8 import Scaling, has_products
+from trainwright.model.linear import Linear
+from trainwright.model.moe import Moe
 from trainwright.model.transformer import Transformer, check_learned_positions
 from trainwright.parallel.apply import DTYPES, Spread, parallelize
 from trainwright.parallel.layout import Layout
@@ -112,6 +115,8 @@ def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transfo
     freeze(model, recipe.model.frozen)
     if isinstance(model.lm_head, Head):
         model.lm_head.loss_chunk = settings.loss_chunk
+    if settings.float8 is not None:
+        set_float8(model, settings.float8, recipe, world.device)
     # Beside adapters, which stay float32, nothing is updated: the base needs no wider copy than the compute type's.
     masters = settings.master_weights and recipe.adapter is None
     model.to(torch.float32 if masters else DTYPES[settings.precision])
@@ -135,6 +140,24 @@ def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transfo
         if recipe.adapter.path is not None:
             load_adapter(model, recipe.adapter.path)
     return model.train(), spread
+
+
+def set_float8(model: Transformer, scaling: Scaling, recipe: Recipe, device: torch.device) -> None:
+    """Trains the linear layers of all blocks with 8-bit products; routers, which choose, head and tables stay wide.
+
+    Raises UserError where there is nothing to train so, or the card cannot. A CPU emulates it.
+    """
+    if recipe.adapter is not None or recipe.quantize is not None:
+        raise UserError(f"train.float8={scaling} trains whole weights: leave out train.float8, or adapter and quantize")
+    if recipe.train.precision == "fp16":
+        raise UserError(f"train.float8={scaling} goes with bf16 or fp32: set train.precision=bf16")
+    if device.type != "cpu" and not has_products(device):
+        raise UserError(f"train.float8={scaling} needs CUDA's compute capability 8.9: {device_name(device)} has less")
+    for layer in (model.layers or {}).values():
+        routers = {id(module.gate) for module in layer.modules() if isinstance(module, Moe)}
+        for module in layer.modules():
+            if isinstance(module, Linear) and id(module) not in routers:
+                module.float8 = scaling
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:

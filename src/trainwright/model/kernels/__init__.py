@@ -1,6 +1,7 @@
 """One signature per operation, several backends. A backend is chosen from device, dtype and mask, never by a flag day.
 
-`attention`, `linear_cross_entropy`, `rms_norm`, `layer_norm`, `gated`, `grouped_linear` live in their own files.
+`attention`, `linear_cross_entropy`, `rms_norm`, `layer_norm`, `gated`, `grouped_linear`, `float8_linear` live in their
+own files.
 """
 
 
@@ -9,6 +10,7 @@ def chosen_backends() -> dict[str, str]:
     import torch
 
     from trainwright.model.kernels.attention import describe as attention
+    from trainwright.model.kernels.float8 import describe as float8
     from trainwright.model.kernels.grouped import describe as experts
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -17,4 +19,5 @@ def chosen_backends() -> dict[str, str]:
         "cross entropy": "chunked, logits never held whole",
         "norm": "torch fused" if device.type == "cuda" else "own backward",
         "experts": experts(device),
+        "train.float8": float8(device),
     }
