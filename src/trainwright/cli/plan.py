@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,15 +17,18 @@ def plan(
         str | None, typer.Option(help="a card: H200, A100-40, RTX 3090, cpu ...; default: this machine's")
     ] = None,
     gpus: Annotated[int | None, typer.Option(help="how many, all machines together")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="cards in one machine; default: 8")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="cards in one machine; default: 8")] = None,
+    link: Annotated[
+        float | None, typer.Option(help="GB/s between two cards of a machine; default: the card's own links")
+    ] = None,
     node_link: Annotated[
         float | None, typer.Option(help="GB/s out of one machine, all its network cards together; default: 400")
     ] = None,
     memory_gib: Annotated[float | None, typer.Option(help="act as a card with this much memory")] = None,
-    price: Annotated[float | None, typer.Option(help="money for one GPU hour")] = None,
-    rows: Annotated[int | None, typer.Option(help="rows of the data, for recipes that count epochs")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="money for one GPU hour")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="rows of the data, for recipes that count epochs")] = None,
     search: Annotated[bool, typer.Option("--search", help="rank all layouts, micro batches, recomputation")] = False,
-    keep: Annotated[int, typer.Option(help="rows of the table that --search prints")] = 20,
+    keep: Annotated[int, typer.Option(min=1, help="rows of the table that --search prints")] = 20,
     write: Annotated[Path | None, typer.Option(help="write the best layout of --search as a recipe")] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,10 +44,11 @@ def plan(
     if write is not None and write.exists():
         raise UserError(f"{write} exists: choose another name, nothing was written")
     asked = load_recipe(recipe, overrides or ())
+    links: dict[str, Any] = {"gpus_per_node": gpus_per_node, "link": link, "node_link": node_link}
     if gpu:
-        cluster = cluster_of(gpu, gpus, memory_gib=memory_gib, gpus_per_node=gpus_per_node, node_link=node_link)
+        cluster = cluster_of(gpu, gpus, memory_gib=memory_gib, **links)
     else:
-        cluster = this_machine(gpus, memory_gib)
+        cluster = this_machine(gpus, memory_gib, **links)
     if not search:
         made = make_plan(asked, cluster, price=price, rows=rows)
         if as_json:
@@ -65,8 +69,8 @@ def plan(
     if best is None:
         sys.exit(1)
     if write is not None:
+        from trainwright.bench.store import write_text
         from trainwright.recipe.show import to_yaml
 
-        write.parent.mkdir(parents=True, exist_ok=True)
-        write.write_text(to_yaml(best.recipe), encoding="utf-8")
+        write_text(write, to_yaml(best.recipe))
         print(f"wrote {write}; train it with: trainwright train {write} --gpus {cluster.gpus}", file=sys.stderr)

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
+from typing import Any
 
 from trainwright.errors import UserError
 
@@ -169,10 +170,17 @@ def cluster_of(
     *,
     memory_gib: float | None = None,
     gpus_per_node: int | None = None,
+    link: float | None = None,
     node_link: float | None = None,
 ) -> Cluster:
-    """A cluster from what a user says. Raises UserError for what cannot be."""
+    """A cluster from what a user says; `link` and `node_link` in GB/s, one direction. Raises UserError for what cannot
+    be."""
     card = card_named(gpu, memory_gib)
+    for name, speed in (("--link", link), ("--node-link", node_link)):
+        if speed is not None and not 0 < speed < 1e6:
+            raise UserError(f"{name} {speed:g} is no speed of a link: use GB/s above 0")
+    if link:
+        card = replace(card, link=link)
     count = 1 if gpus is None else gpus
     in_node = gpus_per_node or min(8, count)
     if not 1 <= count <= 1_000_000 or in_node < 1:
@@ -180,8 +188,8 @@ def cluster_of(
     return Cluster(card, count, in_node, node_link or Cluster.node_link)
 
 
-def this_machine(gpus: int | None = None, memory_gib: float | None = None) -> Cluster:
-    """The cards that nvidia-smi lists, else the processor."""
+def this_machine(gpus: int | None = None, memory_gib: float | None = None, **links: Any) -> Cluster:
+    """The cards that nvidia-smi lists, else the processor. `links`: the rest of what `cluster_of` takes."""
     names: list[str] = []
     if program := shutil.which("nvidia-smi"):
         command = [program, "--query-gpu=name", "--format=csv,noheader"]
@@ -190,7 +198,7 @@ def this_machine(gpus: int | None = None, memory_gib: float | None = None) -> Cl
         except (OSError, subprocess.SubprocessError):
             names = []
     name = next((name.strip() for name in names if find_card(name)), "cpu")
-    return cluster_of(name, gpus or (len(names) if name != "cpu" else 1), memory_gib=memory_gib)
+    return cluster_of(name, gpus or (len(names) if name != "cpu" else 1), memory_gib=memory_gib, **links)
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:

@@ -131,7 +131,7 @@ class Program:
     unpack_passes: float = 1.0
     """How often a quantized weight's bytes, packed and unpacked, move to make it ready for one product."""
     kernels: int = 60
-    """Kernels that a layer starts, forward and backward: host time bounds small models."""
+    """Host time of a layer, forward and backward, in starts of a kernel: it bounds small models and short rows."""
     recompute: float = 1.0
     """Time of a recomputed forward pass, relative to the first one."""
     matmul: float = 1.0
@@ -172,7 +172,7 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         moment=4 if recipe.adapter else wide,
         stream=compute,
         normed=compute,
-        # Compiled layers keep the same (torch 2.13's inductor); 2.11 on an H200 kept a norm and a product less.
+        # Compiled layers keep the same: what a product reads backward is not computed again (torch 2.11, 2.13).
         normed_inner=compute,
         queries=compute,
         inner=3 * compute,
@@ -189,10 +189,23 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         stream_traffic=(50.0 if compiled else 540.0) * compute / 2,
         inner_traffic=(18.0 if compiled else 50.0) * compute / 2,
         head_traffic=12.0,
-        kernels=40 if compiled else 90,
+        kernels=_host_work(recipe, world_size, compiled),
         reducing_layers=0.0 if cpu else 1.0,
         workspace_gib=0.0 if cpu else 0.03,
     )
+
+
+def _host_work(recipe: Recipe, world_size: int, compiled: bool) -> int:
+    """What the host does for a layer, in starts of a kernel: Python, autograd and the dispatcher take several times as
+    long as the kernels' own starts, and so do the hooks that gather weights and cut activations. Fitted to a 1B Llama
+    with rows of 1024 on H200s, not compiled (`docs/performance.md`, layouts on four GPUs)."""
+    parallel = recipe.parallel
+    tensor, context = (60, 60) if compiled else (420, 200)  # compiled layers have these collectives in their graph
+    work = 120 if compiled else 600
+    if world_size > 1:
+        work += 280 if parallel.pp == 1 else 40  # stages keep their weights gathered
+    work += tensor if parallel.tp > 1 else 0
+    return work + (context if parallel.cp > 1 else 0)
 
 
 def chunk_tokens(program: Program, tokens: int, vocab: int, device: str) -> int:

@@ -133,7 +133,7 @@ class _Search:
         experts = getattr(getattr(config.layers[0].mlp, "experts", None), "num_experts", 1)
         in_node = max(1, self.cluster.gpus_per_node // tp)
         hybrid = data * cp > in_node and data % in_node == 0
-        for replicate in (1, data // in_node) if hybrid else (1,):
+        for replicate in sorted({1, data // in_node}) if hybrid else (1,):
             ranks = data // replicate * cp
             for zero in (1, 2, 3) if data * cp > 1 and pp == 1 else (1 if pp > 1 else 3,):
                 for ep in sorted({1, min(experts, ranks)}):
