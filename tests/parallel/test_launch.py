@@ -127,8 +127,9 @@ def test_first_host(nodes: str, first: str) -> None:
 def test_ctrl_c_before_training_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainwright", "train", "quickstart", f"output={tmp_path}", "--gpus", "2"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None and "2 CPU processes" in process.stderr.readline()
+        assert process.stderr is not None
+        assert "2 CPU processes" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=300)[1]
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert said.strip() == "trainwright: interrupted"
