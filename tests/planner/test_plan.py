@@ -70,6 +70,28 @@ def test_recomputation_bubbles_and_slow_links_cost_speed():
     assert rate(slow, "parallel.zero=3") < rate(two_nodes, "parallel.zero=3") <= rate(eight, "parallel.zero=3") * 1.001
 
 
+def test_kernels_follow_the_mask():
+    """Documents that are kept apart and windows leave the fastest kernel, ALiBi takes another one."""
+
+    def share_of_scores(*overrides):
+        speed = plan(recipe(*overrides), cluster_of("H200", 8)).speed
+        return speed.parts["scores"] / speed.tokens_per_step
+
+    one_stream = share_of_scores("task=pretrain")
+    assert one_stream < share_of_scores()  # fine-tuning packs samples that do not see each other
+    assert one_stream == share_of_scores("data.document_mask=false")
+    assert share_of_scores("data.packing=false") == one_stream
+
+
+def test_eight_bits_compute_faster_where_the_card_can():
+    def rate(gpu, *overrides):
+        words = ["adapter.rank=16", "data.seq_len=4096", "train.global_batch_size=8", *overrides]
+        return plan(recipe(*words), cluster_of(gpu, 1)).speed.tokens_per_second_per_gpu
+
+    assert rate("H200", "quantize=fp8") > 1.1 * rate("H200") > rate("H200", "quantize=nf4")
+    assert rate("A100", "quantize=fp8") < rate("A100")
+
+
 def test_parts_add_up_and_mfu_follows_from_the_rate():
     made = plan(recipe(), cluster_of("H100", 8))
     speed = made.speed

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trainwright.adapt.lora import Lora
-from trainwright.model.config import LinearConfig, MoeConfig
+from trainwright.model.config import AttentionConfig, LinearConfig, MoeConfig
 from trainwright.parallel.split import kv_copies
 from trainwright.planner.hardware import GIGA
 from trainwright.planner.job import Job
@@ -59,26 +59,28 @@ class Roofline:
         dtype = "fp32" if self.program.compute == 4 else job.recipe.train.precision
         self.dtype = dtype
         self.peak = card.peak(dtype) or card.peak("fp16") or card.fp32 * 1e12
+        self.fp8 = card.peak("fp8")
         self.bandwidth = card.bandwidth * GIGA * self.calibration.bandwidth
 
-    def matmul(self, rows: float, depth: float, columns: float) -> float:
-        """[rows, depth] x [depth, columns]."""
+    def matmul(self, rows: float, depth: float, columns: float, *, fp8: bool = False) -> float:
+        """[rows, depth] x [depth, columns]; fp8: both sides in 8 bits, where the card has a unit for it."""
         if not rows * depth * columns:
             return 0.0
         calibration = self.calibration
-        share = calibration.matmul.get(self.dtype, calibration.matmul["bf16"]) * self.program.matmul
+        dtype, peak = ("fp8", self.fp8) if fp8 and self.fp8 else (self.dtype, self.peak)
+        share = calibration.matmul.get(dtype, calibration.matmul["bf16"]) * self.program.matmul
         share *= depth / (depth + calibration.half_depth)
         share *= rows * columns / (rows * columns + calibration.half_area)
         size = (rows * depth + depth * columns + rows * columns) * self.program.compute
-        return max(2 * rows * depth * columns / (self.peak * share), size / self.bandwidth)
+        return max(2 * rows * depth * columns / (peak * share), size / self.bandwidth)
 
     def grouped(self, rows: float, depth: float, columns: float, groups: int) -> float:
         """`groups` products of one shape in one kernel: together they fill the card."""
         size = groups * (rows * depth + depth * columns + rows * columns) * self.program.compute
         return max(self.matmul(rows * groups, depth, columns), size / self.bandwidth)
 
-    def attention(self, flops: float, length: float, *, backward: bool) -> float:
-        share = self.calibration.attention_share(self.program.attention, length, backward=backward)
+    def attention(self, backend: str, flops: float, length: float, *, backward: bool) -> float:
+        share = self.calibration.attention_share(backend, length, backward=backward)
         return flops / (self.peak * share)
 
     def move(self, size: float) -> float:
@@ -133,15 +135,21 @@ def _linear(
     """A linear layer of which this rank has `share`; its adapter and the unpacking of its weight."""
     inner, outer = linear.in_features, linear.out_features
     depth, columns = (inner, outer * share) if cut_output else (inner * share, outer)
-    forward = roofline.matmul(rows, depth, columns)
-    backward = roofline.matmul(rows, columns, depth)
+    fp8 = linear.quantization is not None and linear.quantization.kind == "fp8"
+    forward = roofline.matmul(rows, depth, columns, fp8=fp8)
+    backward = roofline.matmul(rows, columns, depth, fp8=fp8)
     flops = 2 * rows * depth * columns
     trained = job.is_trained(f"{path}.weight")
     if trained:
         backward += roofline.matmul(depth, rows, columns)
     work.add(part, (forward, backward))
     work.count(flops, flops * (2 if trained else 1))
-    if linear.quantization is not None:
+    if fp8:  # rows become 8 bits wide on the way in, and the weight is turned for the way back
+        narrow = job.program.compute + 1
+        work.add(
+            "rounding", (roofline.move(rows * depth * narrow), roofline.move((rows * narrow + 2 * depth) * columns))
+        )
+    elif linear.quantization is not None:
         size = linear.quantization.num_bytes(int(columns), int(depth)) + depth * columns * job.program.compute
         unpack = roofline.move(size * job.program.unpack_passes)
         work.add("unpacking", (unpack, unpack))
@@ -163,8 +171,9 @@ def _attention(job: Job, roofline: Roofline, work: Work, layer: int) -> None:
     work.count(forward_flops, 2 * forward_flops)
     if causal:
         length = min(job.seq_len, part.mask.window or job.seq_len)
-        forward = roofline.attention(forward_flops, length, backward=False)
-        work.add("scores", (forward, roofline.attention(2 * forward_flops, length, backward=True)))
+        backend = attention_backend(job, part)
+        forward = roofline.attention(backend, forward_flops, length, backward=False)
+        work.add("scores", (forward, roofline.attention(backend, 2 * forward_flops, length, backward=True)))
     else:  # written out: two products of whole score matrices, which move through memory
         matmul = job.calibration.matmul.get(roofline.dtype, 0.5) * 0.7
         forward = forward_flops / (roofline.peak * matmul)
@@ -172,6 +181,19 @@ def _attention(job: Job, roofline: Roofline, work: Work, layer: int) -> None:
     scores = job.micro_batch * part.num_heads / tp * job.seq_len * job.seq_len / job.layout.cp
     moved = roofline.move(scores * program.scores_traffic)
     work.add("scores", (moved / 3, moved * 2 / 3))
+
+
+def attention_backend(job: Job, part: AttentionConfig) -> str:
+    """Which row of the calibration's attention table: what `model/kernels/attention.py: choose` takes on a GPU."""
+    program, recipe = job.program, job.recipe
+    if program.name != "trainwright" or job.cluster.card.name == "CPU" or recipe.model.attention in ("sdpa", "eager"):
+        return program.attention
+    data = recipe.data
+    documents = data.document_mask if data.document_mask is not None else data.packing and recipe.task != "pretrain"
+    if part.alibi or part.mask.kind == "prefix":
+        return "flex"
+    apart = documents or part.mask.window is not None or job.row_split.ring > 1
+    return "varlen" if apart else program.attention
 
 
 def _experts(job: Job, roofline: Roofline, work: Work, part: MoeConfig, path: str) -> None:

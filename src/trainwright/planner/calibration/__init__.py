@@ -68,7 +68,10 @@ class Calibration:
     """Memory that each group of processes takes for its channels, likewise."""
 
     def attention_share(self, backend: str, length: float, *, backward: bool) -> float:
-        """Share of the dense peak that attention over `length` keys reaches with a backend."""
+        """Share of the dense peak that attention over `length` keys reaches with a backend.
+
+        Variable lengths and flex take flash attention's share where they were not measured: they are its kernels.
+        """
         known = self.attention.get(backend) or self.attention["flash"]
         half = known.half_length_backward if backward else known.half_length
         return (known.backward if backward else known.forward) * length / (length + half)
