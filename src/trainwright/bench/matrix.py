@@ -103,7 +103,7 @@ class Setting(Section):
     @property
     def words(self) -> list[str]:
         """`set` as a command line has it, and what a command line said."""
-        return [*(f"{key}={json.dumps(value)}" for key, value in self.set.items()), *self.overrides]
+        return [*(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in self.set.items()), *self.overrides]
 
 
 def expand(matrix: Matrix) -> list[Setting]:

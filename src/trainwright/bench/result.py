@@ -141,7 +141,12 @@ def why(cell: Cell, ended: Ended, failures: list[dict[str, Any]], log: Path, ste
         limit = cell.setting.time_limit_seconds
         where = f"after step {steps} of {cell.steps}" if steps else "before its first step ended"
         return row | {"status": "timeout", "line": f"ended at its time limit of {limit:g} s, {where}"}
-    if failures:
+    verdict = next((line for line in reversed(tail) if line.startswith("trainwright: ")), None)
+    if failures and failures[0].get("secondary"):  # who only saw another go does not know why
+        silent = sorted(set(range(cell.gpus)) - {told["rank"] for told in failures})
+        ranks = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+        verdict = f"{ranks} ended without a word, as a signal or the kernel ends a process" if silent else verdict
+    elif failures:
         told = failures[0]
         row |= {"status": told["status"], "line": told["line"]}
         if told["status"] == "oom":
@@ -158,6 +163,8 @@ def why(cell: Cell, ended: Ended, failures: list[dict[str, Any]], log: Path, ste
             return row | {"status": "oom", "line": f"ended by {name}: {tail[-1]}", "oom": told}
         hint = ", which the kernel sends when the host runs out of memory" if name == "SIGKILL" else ""
         return row | {"status": "crashed", "line": f"ended by {name}{hint}"}
+    if verdict is not None:
+        return row | {"status": "crashed", "line": verdict.removeprefix("trainwright: ")}
     last = tail[-1] if tail else "it said nothing"
     return row | {"status": "crashed", "line": f"ended with status {ended.status}: {last}"}
 

@@ -25,7 +25,7 @@ GOOD, BAD = "green", "red"
 
 
 class Screen:
-    """Progress of `cells`; a context. Everything goes to stderr, so that stdout is --json's alone."""
+    """Progress towards `total` rows (0: nobody knows how many); a context. stdout is left to --json."""
 
     def __init__(self, title: str, total: int) -> None:
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -68,7 +68,8 @@ class Screen:
         if self._live is not None:
             self._live.update(self._table())
         else:
-            self._say(f"{len(self.rows)}/{self.total} {one_line(row)}{' (kept)' if kept else ''}")
+            count = f"{len(self.rows)}/{self.total} " if self.total else ""
+            self._say(f"{count}{one_line(row)}{' (kept)' if kept else ''}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -77,7 +78,7 @@ class Screen:
     def _table(self) -> Table:
         table = rich_table(self.title, self.rows, [column for column in COLUMNS if column.key in SHOWN])
         if self.now:
-            table.caption = f"{len(self.rows)} of {self.total}; {self.now}"
+            table.caption = f"{len(self.rows)} of {self.total}; {self.now}" if self.total else self.now
         return table
 
 

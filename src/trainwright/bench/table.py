@@ -9,6 +9,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 Row = dict[str, Any]
@@ -36,7 +37,7 @@ def significant(digits: int) -> Callable[[float], str]:
     def text(value: float) -> str:
         if abs(value) >= 10**digits:
             return f"{value:,.0f}"
-        plain = f"{float(f'{value:.{digits}g}'):f}"
+        plain = format(Decimal(f"{value:.{digits}g}"), "f")
         return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
     return text
@@ -51,7 +52,7 @@ def signed(value: float) -> str:
 
 
 def gib(value: float) -> str:
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else significant(2)(value)
 
 
 def yes(value: bool) -> str:

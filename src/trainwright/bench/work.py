@@ -125,9 +125,9 @@ def cap_memory(gib: float) -> int | None:
         total = device_memory_gib(device)
         if total is None or not hasattr(module, "set_per_process_memory_fraction"):
             raise UserError(f"memory_gib={gib:g}: torch cannot cap the memory of {device.type}: leave it out")
-        if gib > total:
+        if gib > 1.02 * total:  # what makers call 24 GB is a little more or less
             raise UserError(f"memory_gib={gib:g} is more than this card has, {total:.1f}: use less, or leave it out")
-        module.set_per_process_memory_fraction(gib / total, device)
+        module.set_per_process_memory_fraction(min(1.0, gib / total), device)
         return None
     mapped = mapped_bytes()
     if mapped is None:

@@ -9,6 +9,7 @@ import sys
 import typer
 
 from trainwright.cli import align, bench, chat, convert, doctor, launch, plan, prepare, prove, recipes, train
+from trainwright.cli.options import INTERRUPTED, Interrupted
 from trainwright.errors import UserError
 
 app = typer.Typer(
@@ -33,9 +34,6 @@ app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 
-INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
-
-
 def main() -> None:
     """The `trainwright` program."""
     try:
@@ -44,7 +42,7 @@ def main() -> None:
         print(f"trainwright: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as leave:
-        if leave.code == INTERRUPTED:
+        if leave.code == INTERRUPTED and not isinstance(leave, Interrupted):
             print("trainwright: interrupted", file=sys.stderr)
         raise
     except BrokenPipeError:  # `trainwright recipes | head`

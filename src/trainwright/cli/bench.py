@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainwright.cli.options import Json, Overrides, print_table
+from trainwright.cli.options import Interrupted, Json, Overrides, print_table
 from trainwright.errors import UserError
 
 if TYPE_CHECKING:
     from trainwright.bench.cell import Cell
     from trainwright.bench.matrix import Matrix
-
-INTERRUPTED = 130  # as shells say of a program that Ctrl-C ended
 
 
 def bench(
@@ -86,7 +84,7 @@ def _run(
     from trainwright.bench.runner import Runner, run_cells
     from trainwright.bench.screen import Screen
 
-    with Screen(asked.title, len(cells)) as screen, Runner(where, screen, again=again) as runner:
+    with Screen(asked.title, 0 if find else len(cells)) as screen, Runner(where, screen, again=again) as runner:
         what = check_find(find, cells, runner.gpus)
         signal.signal(signal.SIGTERM, _interrupt)
         counts = _counts(asked)
@@ -101,7 +99,7 @@ def _run(
                 f"trainwright: interrupted with {finished} of {len(cells)} cells finished; the same command goes on",
                 file=sys.stderr,
             )
-            raise typer.Exit(INTERRUPTED) from None
+            raise Interrupted from None
     files = write_all(where, results)
     print(f"wrote {', '.join(str(file) for file in files)}", file=sys.stderr)
     return results

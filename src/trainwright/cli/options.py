@@ -16,6 +16,14 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 DTYPES = ("float32", "bfloat16", "float16")
+INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+
+
+class Interrupted(SystemExit):
+    """Ctrl-C ended a verb that has said itself what is left to do."""
+
+    def __init__(self) -> None:
+        super().__init__(INTERRUPTED)
 
 
 def torch_dtype(name: str) -> "torch.dtype":
