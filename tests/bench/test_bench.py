@@ -390,6 +390,8 @@ def test_what_is_wrong_is_said_before_anything_runs(tmp_path, matrix):
         ((str(matrix), "train.sed=1"), "first: quickstart: train.sed is not a key: did you mean seed?"),
         ((str(matrix), "parallel.tp=2"), "first: pp=1 x dp_replicate=1 x cp=1 x tp=2 = 2 processes do not divide"),
         ((str(matrix), "--compare", "009"), "no published document 009"),
+        ((str(matrix), "--gpu", "H200"), "--gpu H200 is for --dry-run"),
+        ((str(matrix), "--dry-run", "--gpu", "H20O"), "--gpu H20O is no card in the table: use one of H20"),
         ((str(matrix), "--find", "max_micro_batch"), "add --memory-gib"),
     ):
         done = run(tmp_path, *words)
@@ -405,5 +407,7 @@ def test_a_dry_run_tells_what_would_run(tmp_path, matrix):
     told = json.loads(done.stdout)
     assert [cell["name"] for cell in told["cells"]] == ["first", "long"]
     assert all(cell["fits"] and cell["predicted_memory_gib"] > 0 for cell in told["cells"])
+    there = json.loads(run(tmp_path, str(matrix), "--dry-run", "--gpu", "H200", "--json").stdout)
+    assert there["cells"][0]["predicted_step_seconds"] < told["cells"][0]["predicted_step_seconds"]
     assert told["expected_seconds"] == pytest.approx(sum(cell["expected_seconds"] for cell in told["cells"]))
     assert not (tmp_path / "benches").exists()

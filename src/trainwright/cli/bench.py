@@ -23,6 +23,7 @@ def bench(
     overrides: Overrides = None,
     list_all: Annotated[bool, typer.Option("--list", help="the shipped matrices")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="what would run, as the planner sees it")] = False,
+    gpu: Annotated[str | None, typer.Option(help="with --dry-run: on this card, such as H200")] = None,
     only: Annotated[str | None, typer.Option(help="rows whose names match this pattern with *")] = None,
     folder: Annotated[Path | None, typer.Option(help="where results go; default: benches/NAME")] = None,
     again: Annotated[bool, typer.Option("--again", help="run finished cells again")] = False,
@@ -60,8 +61,10 @@ def bench(
     cells = cells_of(asked, only=only, overrides=tuple(overrides or ()), **change)
     beside = _beside(asked, cells, compare)
     where = folder or Path("benches") / path.stem
+    if gpu is not None and not dry_run:
+        raise UserError(f"--gpu {gpu} is for --dry-run: cells run on the cards of this machine")
     if dry_run:
-        _dry_run(cells, where, again, as_json)
+        _dry_run(cells, where, again, gpu, as_json)
         return
     results = _run(asked, cells, where, find, again, beside)
     if as_json:
@@ -161,18 +164,19 @@ def _list(as_json: bool) -> None:
     print_table(table)
 
 
-def _dry_run(cells: "list[Cell]", where: Path, again: bool, as_json: bool) -> None:
+def _dry_run(cells: "list[Cell]", where: Path, again: bool, gpu: str | None, as_json: bool) -> None:
     """What would run, with the planner's memory, speed and time."""
     from trainwright.bench.cell import expected_seconds, here, predict
     from trainwright.bench.result import describe
     from trainwright.bench.runner import Runner
     from trainwright.bench.screen import Screen, rich_table
     from trainwright.bench.table import COLUMNS, Column, gib, significant, yes
-    from trainwright.planner.hardware import GIB
+    from trainwright.planner.hardware import GIB, cluster_of
 
     runner, rows = Runner(where, Screen("", len(cells)), again=again), []
     for cell in cells:
-        made = predict(cell, here(cell.gpus, cell.setting.memory_gib))
+        cap = cell.setting.memory_gib
+        made = predict(cell, cluster_of(gpu, cell.gpus, memory_gib=cap) if gpu else here(cell.gpus, cap))
         kept = not again and runner.kept(cell) is not None
         row = {**describe(cell), "kept": kept, "expected_seconds": 0.0 if kept else expected_seconds(cell, made)}
         if made is not None:
