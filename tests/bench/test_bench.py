@@ -137,6 +137,25 @@ def test_finished_cells_are_kept(runner, tmp_path):
         assert display.begun == ["kept", "kept"]
 
 
+def test_results_alone_are_enough_to_go_on(runner, tmp_path):
+    asked = cells([{"name": "a", "set": {"train.seed": 11}}, {"name": "b", "set": {"train.seed": 12}}])
+    with fresh(runner):
+        both = run_cells(runner, asked, "t", beside=lambda cell, row: {"system": cell.name})["rows"]
+    assert [row["beside"] for row in both] == [{"system": "a"}, {"system": "b"}]
+    carried = tmp_path / "carried"
+    carried.mkdir()
+    (carried / "results.json").write_text((runner.folder / "results.json").read_text())
+    display = Recorder()
+    with Runner(carried, display) as elsewhere:
+        rows = run_cells(elsewhere, asked, "t", only="b")["rows"]
+    assert (display.begun, display.kept) == ([], ["b"])
+    assert [row["name"] for row in rows] == ["a", "b"]  # what was not asked for stays
+    assert [row["step_seconds"] for row in rows] == [row["step_seconds"] for row in both]
+    assert not any("beside" in row for row in rows)
+    with pytest.raises(UserError, match=r"--only c\* matches no row: did you mean '[ab]'\?"):
+        run_cells(elsewhere, asked, "t", only="c*")
+
+
 def test_out_of_memory_ends_one_cell(runner):
     short, fine = cells([{"name": "short", "memory_gib": 0.3, "set": HUGE}, {"name": "fine", "memory_gib": 0.3}])
     with fresh(runner):

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -65,23 +66,27 @@ class Cell:
         return cell_of(Setting.model_validate(values))
 
 
-def cells_of(matrix: Matrix, *, only: str | None = None, **change: Any) -> list[Cell]:
+def cells_of(matrix: Matrix, **change: Any) -> list[Cell]:
     """All cells, each checked as far as can be without starting anything. Raises UserError that names the cell.
 
-    `only`: a pattern with * that names must match. `change`: fields of every setting, such as `overrides`.
+    `change`: fields of every setting, such as `overrides`.
     """
-    every = expand(matrix)
-    names = [each.name for each in every]
-    settings = [each for each in every if only is None or fnmatch(each.name, only)]
-    if not settings:
-        nearest = difflib.get_close_matches(str(only), names, n=1, cutoff=0.0)
-        raise UserError(f"--only {only} matches no row: did you mean {nearest[0]!r}?")
-    cells = [cell_of(setting.model_copy(update=change)) for setting in settings]
+    cells = [cell_of(setting.model_copy(update=change)) for setting in expand(matrix)]
+    names = [cell.name for cell in cells]
     for cell in cells:
         other = cell.setting.align_with
         if other is not None and other not in names and not Path(other).exists():
             raise UserError(f"{cell.name}: align_with={other!r} is no row of this matrix and no run's folder")
     return cells
+
+
+def choose(cells: Sequence[Cell], only: str | None) -> list[Cell]:
+    """The cells whose names match the pattern `only`. Raises UserError that names the nearest where none does."""
+    found = [cell for cell in cells if only is None or fnmatch(cell.name, only)]
+    if not found:
+        nearest = difflib.get_close_matches(str(only), [cell.name for cell in cells], n=1, cutoff=0.0)
+        raise UserError(f"--only {only} matches no row: did you mean {nearest[0]!r}?")
+    return found
 
 
 def cell_of(setting: Setting) -> Cell:

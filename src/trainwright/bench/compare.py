@@ -158,8 +158,9 @@ def read_earlier(path: Path) -> dict[str, Beside]:
     return {row["name"]: of_earlier(row, str(path)) for row in values["rows"] if "name" in row and "status" in row}
 
 
-def against(ours: Row, theirs: Beside, config: ModelConfig) -> dict[str, Any]:
-    """What stands beside a row of ours: their figures, and ours over theirs. `config`: of our row's model.
+def against(ours: Row, theirs: Beside, config: ModelConfig | None) -> dict[str, Any]:
+    """What stands beside a row of ours: their figures, and ours over theirs. `config`: of our row's model, to count
+    as they do.
 
     `speed_ratio` is of tokens/s/GPU (card against card); `mfu_ratio` of MFU, which is speed per peak TFLOP of each
     card in one FLOP convention; `memory_ratio` of peak memory; `ours_own_tflops`: our TFLOPs as they count them.
@@ -167,7 +168,7 @@ def against(ours: Row, theirs: Beside, config: ModelConfig) -> dict[str, Any]:
     rate, counts = ours.get("tokens_per_second_per_gpu"), THEIRS.get(theirs.source)
     return {
         **asdict(theirs),
-        "ours_own_tflops": rate * counts[1](config, ours["seq_len"]) / 1e12 if rate and counts else None,
+        "ours_own_tflops": rate * counts[1](config, ours["seq_len"]) / 1e12 if rate and counts and config else None,
         "speed_ratio": _ratio(ours.get("tokens_per_second_per_gpu"), theirs.tokens_per_second_per_gpu),
         "mfu_ratio": _ratio(ours.get("mfu"), theirs.mfu),
         "memory_ratio": _ratio(ours.get("peak_memory_gib"), theirs.peak_memory_gib),

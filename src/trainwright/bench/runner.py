@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from trainwright import __version__
 from trainwright.bench.align import align
-from trainwright.bench.cell import Cell, here, need_more_gpus
+from trainwright.bench.cell import Cell, choose, here, need_more_gpus
 from trainwright.bench.find import What, find_limit
 from trainwright.bench.processes import Warm
 from trainwright.bench.result import Row, describe, row_of
@@ -48,6 +48,8 @@ class Runner:
         self.device = machine.card.name
         self.gpus = 0 if self.device == "CPU" else machine.gpus
         self.warm = Warm(environment(self.folder))
+        earlier = read_json(self.folder / "results.json") or {}
+        self.earlier: dict[str, Row] = {row["key"]: row for row in earlier.get("rows", ()) if "key" in row}
 
     def __enter__(self) -> Runner:
         return self
@@ -70,12 +72,15 @@ class Runner:
         return self.folder / "cells" / cell.key(self.device)
 
     def kept(self, cell: Cell) -> Row | None:
-        """The row of a cell that ran before; its name and note are those of today."""
-        row = read_json(self.place(cell) / "row.json")
-        if row is None or row["status"] not in RUN:
+        """The row of a cell that ran before; its name and note are those of today.
+
+        results.json alone is enough, so that it can be carried from machine to machine.
+        """
+        row = read_json(self.place(cell) / "row.json") or self.earlier.get(cell.key(self.device))
+        if row is None or row["status"] not in RUN or row.get("find"):
             return None
         today = {key: describe(cell)[key] for key in ("name", "note", "set")}
-        return {**row, **today}
+        return {**{key: value for key, value in row.items() if key != "beside"}, **today}
 
     def _run(self, cell: Cell) -> Row:
         missing = need_more_gpus(cell, self.gpus)
@@ -111,20 +116,31 @@ def run_cells(
     cells: Sequence[Cell],
     title: str,
     *,
+    only: str | None = None,
     find: What | None = None,
     beside: Callable[[Cell, Row], dict[str, Any] | None] = lambda cell, row: None,
     **more: Any,
 ) -> dict[str, Any]:
-    """All rows, as results.json holds them; the file is written anew after each. `beside`: what stands beside a row."""
-    rows: list[Row] = []
-    results = _results(title, rows, **more)
-    for number, cell in enumerate(cells, 1):
-        row = runner.measure(cell) if find is None else find_limit(cell, find, runner.measure)
-        stands = beside(cell, row)
-        rows = aligned([*rows, row if stands is None else {**row, "beside": stands}], cells[:number], runner)
+    """All rows, as results.json holds them; the file is written anew after each cell.
+
+    `only`: run what this pattern matches; of the others, what is kept stays. `beside`: what stands beside a row.
+    """
+    chosen = {cell.name for cell in choose(cells, only)}
+    found = {cell.name: runner.kept(cell) for cell in cells if find is None and cell.name not in chosen}
+    results: dict[str, Any] = {}
+    for cell in cells:
+        if cell.name not in chosen:
+            continue
+        found[cell.name] = runner.measure(cell) if find is None else find_limit(cell, find, runner.measure)
+        there = [(each, row) for each in cells if (row := found.get(each.name)) is not None]
+        rows = [_beside(row, beside(each, row)) for each, row in aligned(there, runner)]
         results = _results(title, rows, **more)
         write_json(runner.folder / "results.json", results)
     return results
+
+
+def _beside(row: Row, stands: dict[str, Any] | None) -> Row:
+    return row if stands is None else {**row, "beside": stands}
 
 
 def _results(title: str, rows: Sequence[Row], **more: Any) -> dict[str, Any]:
@@ -132,22 +148,22 @@ def _results(title: str, rows: Sequence[Row], **more: Any) -> dict[str, Any]:
     return {"title": title, "trainwright": __version__, "devices": devices, **more, "rows": list(rows)}
 
 
-def aligned(rows: Sequence[Row], cells: Sequence[Cell], runner: Runner) -> list[Row]:
+def aligned(rows: Sequence[tuple[Cell, Row]], runner: Runner) -> list[tuple[Cell, Row]]:
     """The rows, with the verdict on the losses of those that must follow others.
 
     From step 21 on, as seed 004 does it; of runs of 40 steps or fewer, from the first measured step on.
     """
-    places = {cell.name: runner.place(cell) / "run" for cell in cells}
+    places = {cell.name: runner.place(cell) / "run" for cell, _ in rows}
     result = []
-    for cell, row in zip(cells, rows, strict=True):
+    for cell, row in rows:
         other = cell.setting.align_with
         reference = places.get(other or "") or Path(other or "")
-        if other is not None and row["status"] == "ok" and reference.exists():
+        if other is not None and row["status"] == "ok" and reference.exists() and places[cell.name].exists():
             first = 21 if cell.steps > 40 else cell.setting.warmup_steps + 1
             try:
                 found = align(places[cell.name], reference, from_step=first)
                 row = {**row, "aligned": found.aligned, "alignment": {**found.as_dict(), "with": other}}
             except UserError as error:
                 row = {**row, "aligned": None, "alignment": {"with": other, "line": str(error)}}
-        result.append(row)
+        result.append((cell, row))
     return result

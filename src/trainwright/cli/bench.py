@@ -50,7 +50,7 @@ def bench(
         return
     if matrix is None:
         raise UserError("which matrix? give a file or a shipped name; `trainwright bench --list` has them")
-    from trainwright.bench.cell import cells_of
+    from trainwright.bench.cell import cells_of, choose
     from trainwright.bench.matrix import find_matrix, read_matrix
 
     path = find_matrix(matrix)
@@ -58,15 +58,15 @@ def bench(
     told = {"memory_gib": memory_gib, "measured_steps": steps, "warmup_steps": warmup, "time_limit_seconds": time_limit}
     change: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
     change |= {"made": True} if made else {}
-    cells = cells_of(asked, only=only, overrides=tuple(overrides or ()), **change)
+    cells = cells_of(asked, overrides=tuple(overrides or ()), **change)
     beside = _beside(asked, cells, compare)
-    where = folder or Path("benches") / path.stem
+    where = folder or Path("benches") / (path.stem if find is None else f"{path.stem}-{find}")
     if gpu is not None and not dry_run:
         raise UserError(f"--gpu {gpu} is for --dry-run: cells run on the cards of this machine")
     if dry_run:
-        _dry_run(cells, where, again, gpu, as_json)
+        _dry_run(choose(cells, only), where, again, gpu, as_json)
         return
-    results = _run(asked, cells, where, find, again, beside)
+    results = _run(asked, cells, only, where, find, again, beside)
     if as_json:
         print(json.dumps(results))
     if not any(row["status"] in ("ok", "oom") for row in results["rows"]):
@@ -76,32 +76,41 @@ def bench(
 def _run(
     asked: "Matrix",
     cells: "list[Cell]",
+    only: str | None,
     where: Path,
     find: str | None,
     again: bool,
     beside: "Callable[[Cell, dict[str, Any]], dict[str, Any] | None]",
 ) -> dict[str, Any]:
     """Everything runs; then the files."""
+    from trainwright.bench.cell import choose
     from trainwright.bench.find import check_find
     from trainwright.bench.page import write_all
     from trainwright.bench.runner import Runner, run_cells
     from trainwright.bench.screen import Screen
 
-    with Screen(asked.title, 0 if find else len(cells)) as screen, Runner(where, screen, again=again) as runner:
+    total = 0 if find else len(choose(cells, only))
+    with Screen(asked.title, total) as screen, Runner(where, screen, again=again) as runner:
         what = check_find(find, cells, runner.gpus)
         signal.signal(signal.SIGTERM, _interrupt)
         counts = _counts(asked)
         try:
             results = run_cells(
-                runner, cells, asked.title, find=what, beside=beside, matrix=asked.model_dump(mode="json"), **counts
+                runner,
+                cells,
+                asked.title,
+                only=only,
+                find=what,
+                beside=beside,
+                matrix=asked.model_dump(mode="json"),
+                **counts,
             )
         except KeyboardInterrupt:
             runner.warm.close()
-            finished = sum(runner.kept(cell) is not None for cell in cells)
-            print(
-                f"trainwright: interrupted with {finished} of {len(cells)} cells finished; the same command goes on",
-                file=sys.stderr,
-            )
+            chosen = choose(cells, only)
+            finished = sum(runner.kept(cell) is not None for cell in chosen)
+            line = f"interrupted with {finished} of {len(chosen)} cells finished; the same command goes on"
+            print(f"trainwright: {line}", file=sys.stderr)
             raise Interrupted from None
     files = write_all(where, results)
     print(f"wrote {', '.join(str(file) for file in files)}", file=sys.stderr)
@@ -136,9 +145,11 @@ def _beside(
         rows = {cell.name: cell.setting.published or (cell.name if compare else None) for cell in cells}
         found = {cell: of_published(published_row(name, row)) for cell, row in rows.items() if name is not None and row}
 
+    configs = {cell.name: model_config(cell.recipe) for cell in cells if cell.name in found}
+
     def beside(cell: "Cell", row: dict[str, Any]) -> dict[str, Any] | None:
         theirs = found.get(cell.name)
-        return None if theirs is None else against(row, theirs, model_config(cell.recipe))
+        return None if theirs is None else against(row, theirs, configs[cell.name])
 
     return beside
 
