@@ -1,7 +1,13 @@
 """Recompute, compilation and host memory with adapters: the same gradients, and only what is meant is kept."""
 
+import functools
+
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
 from tests.adapt.models import adapter
 from tests.train.small import CONFIG
@@ -11,6 +17,7 @@ from trainwright.adapt.setup import freeze_base, start_adapters
 from trainwright.model.checkpoint import load_config
 from trainwright.model.transformer import Transformer
 from trainwright.parallel import offload, recompute
+from trainwright.parallel.budget import apply_budget
 from trainwright.parallel.offload import apply_offload
 from trainwright.parallel.recompute import apply_recompute
 
@@ -92,6 +99,56 @@ def test_selective_recompute_runs_no_frozen_product_twice(monkeypatch):
         apply_recompute(built.layers.values(), mode)
         gradients(built)
         assert len(calls) == times * once
+
+
+def partitioned(built, apply):
+    """Of the last layer, compiled with the partitioner that inductor uses: (sizes of what the forward pass keeps beside
+    its inputs, how many frozen products the backward pass computes again)."""
+    found = {"forward": [], "backward": []}
+
+    def compiler(which):
+        def note(graph, inputs):
+            found[which].append(graph.graph)
+            return make_boxed_func(graph.forward)
+
+        return note
+
+    backend = aot_autograd(
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table,
+    )
+    torch._dynamo.reset()
+    built.set_attention_backend("eager")  # the CPU's own kernel has a random state, which torch 2.11 cannot compile
+    apply(list(built.layers.values()), functools.partial(torch.compile, backend=backend))
+    gradients(built)
+    forward, backward = found["forward"][-1], found["backward"][0]
+    given = {node for node in forward.nodes if node.op == "placeholder"}
+    kept = [node.meta["val"] for node in forward.output_node().args[0][1:] if node not in given]
+    again = [node for node in backward.nodes if node.target is torch.ops.trainwright.lora_linear.default]
+    return [tensor.numel() for tensor in kept if isinstance(tensor, torch.Tensor)], len(again)
+
+
+def test_full_recompute_is_not_lost_in_compilation():
+    def apply(layers, compile_):
+        apply_recompute(layers, "full")
+        for layer in layers:
+            layer.forward = compile_(layer.forward)
+
+    kept, again = partitioned(model(), apply)
+    assert sum(kept) < 64 * 64  # less than the stream: a row of 64 tokens
+    assert again == 6  # the result of down_proj is nobody's, so it is not computed again
+
+
+@pytest.mark.parametrize(("level", "widths", "again"), [("all", 64 * 4 + 2 * 128, 0), ("attention", 64 * 4, 2)])
+def test_a_layer_within_a_budget_keeps_its_products(level, widths, again):
+    def apply(layers, compile_):
+        apply_budget(layers, 1.0, compile_=compile_).levels = [level] * 3
+
+    kept, found = partitioned(model(), apply)
+    assert found == again
+    assert sum(kept) < 64 * (widths + 7 * 4) + 2 * 4 * 64 * 64  # with x A^T; eager attention keeps its scores twice
 
 
 def test_cost_of_a_kept_product():

@@ -5,7 +5,9 @@ is rank wide. W is read once forward and once backward; in fewer bits it becomes
 No gradient of W or b exists.
 
 Forward and backward are custom operations, opaque to torch.compile: seen through, W in full width would be an
-intermediate result like any other, and the compiler would keep it from the forward for the backward pass.
+intermediate result like any other, and the compiler would keep it from the forward for the backward pass. Their
+gradients are registered with them, not written as an autograd.Function: what stands inside such a function is not
+computed again under torch.compile (2.11, 2.13), whatever the layer's recomputation says.
 """
 
 # No `from __future__ import annotations`: torch reads the operations' schemas from these annotations.
@@ -86,21 +88,33 @@ def _(grad: Tensor, format: str, pieces: list[Tensor], columns: int) -> Tensor:
 
 @custom_op("trainwright::lora_linear", mutates_args=())
 def lora_linear_op(
-    x: Tensor, format: str, pieces: list[Tensor], bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    x_MI = _rows(x)
-    y_MO = _forward(x_MI, format, pieces, a.shape[1], bias)
-    low_MR = x_MI @ a.to(x.dtype).t()
+    x: Tensor,
+    format: str,
+    pieces: list[Tensor],
+    low_MR: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+) -> Tensor:
+    """`low_MR` is x A^T and A itself is not read: it stands here for its gradient."""
+    y_MO = _forward(_rows(x), format, pieces, x.shape[-1], bias)
     y_MO.addmm_(low_MR, b.to(x.dtype).t(), alpha=scale)
-    return y_MO.view(*x.shape[:-1], y_MO.shape[-1]), low_MR
+    return y_MO.view(*x.shape[:-1], y_MO.shape[-1])
 
 
 @lora_linear_op.register_fake
 def _(
-    x: Tensor, format: str, pieces: list[Tensor], bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(rows, a.shape[0])
+    x: Tensor,
+    format: str,
+    pieces: list[Tensor],
+    low_MR: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], b.shape[0])
 
 
 @custom_op("trainwright::lora_linear_backward", mutates_args=())
@@ -157,69 +171,61 @@ def _(x_MI: Tensor, format: str, pieces: list[Tensor], columns: int, counts_E: T
 # ---- with gradients -------------------------------------------------------------------------------------------------
 
 
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, format: str, columns: int, bias: Tensor | None, *pieces: Tensor) -> Tensor:
-        ctx.save_for_backward(*pieces)
-        ctx.format, ctx.columns = format, columns
-        return frozen_linear_op(x, format, list(pieces), columns, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        pieces = ctx.saved_tensors
-        grad_x = frozen_linear_backward_op(grads[0], ctx.format, list(pieces), ctx.columns)
-        return (grad_x, None, None, None, *(None for _ in pieces))
+def _keep_frozen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.format, pieces, ctx.columns, _ = inputs
+    ctx.save_for_backward(*pieces)
 
 
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, format: str, scale: float, bias: Tensor | None, *pieces: Tensor
-    ) -> Tensor:
-        y, low_MR = lora_linear_op(x, format, list(pieces), bias, a, b, scale)
-        ctx.save_for_backward(x, low_MR, a, b, *pieces)
-        ctx.format, ctx.scale = format, scale
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, low_MR, a, b, *pieces = ctx.saved_tensors
-        needs_x = ctx.needs_input_grad[0]
-        grad_x, grad_a, grad_b = lora_linear_backward_op(
-            grads[0], x, low_MR, ctx.format, list(pieces), a, b, ctx.scale, needs_x
-        )
-        return (grad_x if needs_x else None, grad_a, grad_b, None, None, None, *(None for _ in pieces))
+def _frozen_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    pieces = list(ctx.saved_tensors)
+    return frozen_linear_backward_op(grad, ctx.format, pieces, ctx.columns), None, [None] * len(pieces), None, None
 
 
-class _FrozenGroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, format: str, columns: int, counts_E: Tensor, *pieces: Tensor) -> Tensor:
-        ctx.save_for_backward(counts_E, *pieces)
-        ctx.format, ctx.columns = format, columns
-        return frozen_grouped_linear_op(x_MI, format, list(pieces), columns, counts_E, False)
+def _keep_lora(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.format, pieces, low_MR, _, a, b, ctx.scale = inputs
+    ctx.save_for_backward(x, low_MR, a, b, *pieces)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        counts_E, *pieces = ctx.saved_tensors
-        grad_x = frozen_grouped_linear_op(grads[0], ctx.format, list(pieces), ctx.columns, counts_E, True)
-        return (grad_x, None, None, None, *(None for _ in pieces))
+
+def _lora_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, low_MR, a, b, *pieces = ctx.saved_tensors
+    needs_x = ctx.needs_input_grad[0]
+    grad_x, grad_a, grad_b = lora_linear_backward_op(grad, x, low_MR, ctx.format, pieces, a, b, ctx.scale, needs_x)
+    return grad_x if needs_x else None, None, [None] * len(pieces), None, None, grad_a, grad_b, None
+
+
+def _keep_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.format, pieces, ctx.columns, counts_E, _ = inputs
+    ctx.save_for_backward(counts_E, *pieces)
+
+
+def _grouped_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    counts_E, *pieces = ctx.saved_tensors
+    grad_x = frozen_grouped_linear_op(grad, ctx.format, pieces, ctx.columns, counts_E, True)
+    return grad_x, None, [None] * len(pieces), None, None, None
+
+
+frozen_linear_op.register_autograd(_frozen_gradients, setup_context=_keep_frozen)
+lora_linear_op.register_autograd(_lora_gradients, setup_context=_keep_lora)
+frozen_grouped_linear_op.register_autograd(_grouped_gradients, setup_context=_keep_grouped)
 
 
 def frozen_linear(x: Tensor, format: str, pieces: list[Tensor], columns: int, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype, [..., I] -> [..., O]; gradient to x alone. `columns` is I."""
-    return _FrozenLinear.apply(x, format, columns, bias, *pieces)
+    return frozen_linear_op(x, format, pieces, columns, bias)
 
 
 def lora_linear(
     x: Tensor, format: str, pieces: list[Tensor], bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor:
     """x W^T + b + scale (x A^T) B^T in x's dtype, [..., I] -> [..., O]; gradients to x, A [R, I] and B [O, R]."""
-    return _LoraLinear.apply(x, a, b, format, scale, bias, *pieces)
+    # x A^T stands apart: where a layer is computed again, its last product is wanted for this alone.
+    low_MR = F.linear(_rows(x.detach()), a.detach().to(x.dtype))
+    return lora_linear_op(x, format, pieces, low_MR, bias, a, b, scale)
 
 
 def frozen_grouped_linear(x_MI: Tensor, format: str, pieces: list[Tensor], columns: int, counts_E: Tensor) -> Tensor:
     """Rows by their expert's weight [E, O, I], [M, I] -> [M, O]; gradient to x alone."""
-    return _FrozenGroupedLinear.apply(x_MI, format, columns, counts_E, *pieces)
+    return frozen_grouped_linear_op(x_MI, format, pieces, columns, counts_E, False)
 
 
 def kept_cost(args: tuple[Any, ...]) -> tuple[int, float]:
@@ -229,5 +235,11 @@ def kept_cost(args: tuple[Any, ...]) -> tuple[int, float]:
     return rows * out * x.element_size(), 2.0 * rows * out * columns
 
 
-KEPT = frozenset({torch.ops.trainwright.lora_linear.default, torch.ops.trainwright.frozen_linear.default})
+KEPT = frozenset(
+    {
+        torch.ops.trainwright.lora_linear.default,
+        torch.ops.trainwright.frozen_linear.default,
+        torch.ops.trainwright.frozen_grouped_linear.default,
+    }
+)
 """Results that cost more to compute than to keep, for selective recompute."""

@@ -1,4 +1,4 @@
-"""Compiled layers within a memory budget: each keeps everything, or all but its MLP's results, or its input only.
+"""Compiled layers within a memory budget: each keeps all dear results, or those of its attention, or its input only.
 
 `recompute.py` chooses operation by operation, looking at each as it runs; compiled layers do not show theirs. Here the
 choice is by layer, from what two layers were seen to keep in the first pass. Owns the levels and who gets which.
@@ -7,17 +7,22 @@ choice is by layer, from what two layers were seen to keep in the first pass. Ow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from trainwright.model.ffn import Mlp
-from trainwright.parallel.recompute import GIB, checkpointed
+from trainwright.parallel.recompute import GIB, KEPT, PRODUCTS, Numbered, checkpointed, keep_all
 
 Level = Literal["all", "attention", "input"]
-"""attention: everything outside the MLP, whose products (over half of a layer's arithmetic and two thirds of its
-memory) are computed again."""
+"""all: what selective recompute keeps, products and attention. Left to itself the compiler would keep norms and
+activations too, 17 tensors of the stream's size in a Llama-3-8B layer where these are 10.5. attention: of the products
+only those of the four projections; the MLP's (over half of a layer's arithmetic, two thirds of these bytes) are
+computed again."""
+PROJECTIONS = 4
+"""Of queries, keys, values and output: the first products of a layer."""
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -68,16 +73,11 @@ class _Chosen:
         self.layer, self.number, self.budget = layer, number, budget
         inner = layer.forward
 
-        # Two functions, not one: each is compiled for one way of treating the MLP.
-        def whole(*args: Any, **kwargs: Any) -> Any:
-            return inner(*args, **kwargs)
-
-        def without_mlp(*args: Any, **kwargs: Any) -> Any:
-            return inner(*args, **kwargs)
-
         self.forwards: dict[Level, Callable[..., Any]] = {
-            "all": compile_(whole),
-            "attention": compile_(without_mlp),
+            "all": compile_(
+                checkpointed(inner, {"context_fn": partial(create_selective_checkpoint_contexts, keep_all)})
+            ),
+            "attention": compile_(checkpointed(inner, {"context_fn": _attention_contexts})),
             "input": compile_(checkpointed(inner)),
         }
         self.level: Level | None = None
@@ -85,9 +85,7 @@ class _Chosen:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forwards[self.level or "all"](*args, **kwargs)
-        level = self.budget.level(self.number)
-        if level != self.level:
-            self._set(level)
+        self.level = level = self.budget.level(self.number)
         if self.budget.levels is not None or level == "input":
             return self.forwards[level](*args, **kwargs)
         seen = _Seen(self.layer, args[0])
@@ -98,13 +96,19 @@ class _Chosen:
             self.budget.kept.setdefault("attention", self.budget.kept["all"])
         return result
 
-    def _set(self, level: Level) -> None:
-        self.level = level
-        mlp = self.layer.mlp
-        if isinstance(mlp, Mlp):
-            mlp.__dict__.pop("forward", None)
-            if level == "attention":
-                mlp.forward = checkpointed(mlp.forward)  # type: ignore[method-assign]
+
+def _attention_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_KeepAttention())
+
+
+class _KeepAttention(Numbered):
+    """Keeps attention and, of each kind of product, the first four of a layer."""
+
+    def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = operation in KEPT
+        if operation in PRODUCTS:
+            kept = self.number(context, operation)[1] <= PROJECTIONS
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class _Seen:

@@ -41,14 +41,16 @@ def _existing(*names: str) -> frozenset[Any]:
     return frozenset(found - {None})
 
 
-PRODUCTS = _existing("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._scaled_mm", "aten._grouped_mm")
+PRODUCTS = ops.KEPT | _existing(
+    "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._scaled_mm", "aten._grouped_mm"
+)
 ATTENTION = _existing(
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_attention_math", "torch_attn._varlen_attn", "higher_order.flex_attention",
 )  # fmt: skip
 EXCHANGES = _existing("_c10d_functional.reduce_scatter_tensor", "_c10d_functional.all_to_all_single")
-KEPT = PRODUCTS | ATTENTION | EXCHANGES | ops.KEPT
+KEPT = PRODUCTS | ATTENTION | EXCHANGES
 
 
 def apply_recompute(
@@ -142,7 +144,7 @@ class Budget:
         return {layer: frozenset(keys) for layer, keys in kept.items()}
 
 
-class _Numbered:
+class Numbered:
     """Counts the calls of each operation, in the forward pass and in its repetition apart."""
 
     def __init__(self) -> None:
@@ -154,7 +156,7 @@ class _Numbered:
         return operation, calls[operation]
 
 
-class _Look(_Numbered):
+class _Look(Numbered):
     def __init__(self, layer: int, seen: list[Result]) -> None:
         super().__init__()
         self.layer, self.seen = layer, seen
@@ -166,7 +168,7 @@ class _Look(_Numbered):
         return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class _Keep(_Numbered):
+class _Keep(Numbered):
     def __init__(self, keys: frozenset[Key]) -> None:
         super().__init__()
         self.keys = keys
