@@ -19,11 +19,12 @@ test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 lint: install
-	$(BIN)/ruff check src tests benchmarks docs/tour.py
-	$(BIN)/ruff format --check src tests benchmarks docs/tour.py
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/tour.py --check
+	$(BIN)/python docs/performance.py --check
 
 install: $(VENV)/installed
 

@@ -116,7 +116,7 @@ def test_a_figure_that_is_none_is_refused(tmp_path):
 def test_numbers():
     digits = significant(4)
     assert [digits(value) for value in (12345.6, 1234.4, 0.00012346, 2.0, 0.1)] == [
-        "12,346", "1234", "0.0001235", "2", "0.1",
+        "12,346", "1,234", "0.0001235", "2", "0.1",
     ]  # fmt: skip
     assert [gib(value) for value in (123.45, 9.876, 0.0031)] == ["123.5", "9.88", "0.0031"]
     assert result({"status": "timeout", "line": "ended at its time limit"}) == "timeout: ended at its time limit"

@@ -35,7 +35,7 @@ def significant(digits: int) -> Callable[[float], str]:
     """Numbers of so many digits, without an exponent; thousands have commas."""
 
     def text(value: float) -> str:
-        if abs(value) >= 10**digits:
+        if abs(value) >= min(1000, 10**digits):
             return f"{value:,.0f}"
         plain = format(Decimal(f"{value:.{digits}g}"), "f")
         return plain.rstrip("0").rstrip(".") if "." in plain else plain

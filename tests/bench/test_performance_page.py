@@ -1,0 +1,68 @@
+"""docs/performance.md shows what is kept, and what is kept shows nothing of a machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainwright.bench.matrix import matrix_names
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "performance.py"
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("performance_page", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.RESULTS, module.PAGE = tmp_path / "results", tmp_path / "performance.md"
+    module.PAGE.write_text(f"before\n\n{module.BEGIN}old\n{module.END}\nafter\n")
+    return module
+
+
+def row(name: str, ratio: float | None, note: str = "") -> dict[str, Any]:
+    beside = {"system": "X", "device": "A100-80", "gpus": 8, "mfu": 0.4, "mfu_ratio": ratio}
+    return {
+        "name": name, "status": "ok", "gpus": 4, "device": "H200", "torch": "2.11.0", "mfu": 0.5, "note": note,
+        "tokens_per_second_per_gpu": 9876.5, "beside": beside, "log": ["/root/x/y.py: line 3"],
+        "line": "crash in /work/place/run/ranks/rank.txt",
+    }  # fmt: skip
+
+
+def test_what_is_kept_is_shown(script, tmp_path):
+    name = next(name for name in matrix_names() if not name.startswith("planner_"))
+    rows = [row("one", 1.25), row("two", 0.9, "a smaller batch"), row("three", 0.8)]
+    results = {"title": "A title", "rows": rows, "counts": {"source": "A document", "speed": "tokens"}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert script.keep(tmp_path, name) == script.RESULTS / f"{name}.json"
+    text = (script.RESULTS / f"{name}.json").read_text()
+    assert not any(word in text for word in ("/work", "/root", '"log"'))
+    assert "crash in rank.txt" in text
+    page = script.page(script.PAGE.read_text())
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter\n")
+    assert "old" not in page
+    assert f"### A title\n\n`trainwright bench {name}` on H200, torch 2.11.0." in page
+    assert "Per peak TFLOP ours is 0.80 to 1.25 times theirs; not higher: two (a smaller batch); three (NO R" in page
+    assert "Beside: A document. Speed: tokens." in page
+    assert "| one | 4 | 9,876 | 50.0% | ok |" in page
+    assert script.page(page) == page  # made anew, it stays
+
+
+def test_a_stale_page_is_refused(script, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["performance.py", "--check"])
+    with pytest.raises(SystemExit, match="is stale"):
+        script.main()
+    monkeypatch.setattr("sys.argv", ["performance.py"])
+    script.main()
+    monkeypatch.setattr("sys.argv", ["performance.py", "--check"])
+    script.main()
+    assert "No result of a shipped matrix is kept yet." in script.PAGE.read_text()
+    with pytest.raises(SystemExit, match="no shipped matrix"):
+        script.keep(Path("x"), "no_such")
