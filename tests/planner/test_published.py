@@ -2,39 +2,16 @@
 
 import pytest
 
-from trainwright.bench.published import PublishedRow, load_published, published_rows
-from trainwright.planner.build import build_job
-from trainwright.planner.hardware import GIB
-from trainwright.planner.memory import MemoryPlan, plan_memory
-from trainwright.planner.speed import plan_speed
+from trainwright.bench.published import load_published, published_rows
 
 ROWS = list(published_rows())
-
-
-def memory_of(row: PublishedRow) -> MemoryPlan:
-    return plan_memory(build_job(row.recipe, row.cluster, program=row.program))
-
-
-def shown_memory(row: PublishedRow) -> float:
-    """What that document's figure shows: torch's or Paddle's peak, or all of the card that is taken (nvidia-smi)."""
-    memory = memory_of(row)
-    taken = memory.reserved + memory.context if row.seed == "002" else memory.allocated
-    return taken / GIB
-
-
-def rates(row: PublishedRow) -> tuple[float, float]:
-    """(planned, printed) speed in the row's own unit."""
-    speed, figures = plan_speed(build_job(row.recipe, row.cluster, program=row.program)), row.figures
-    if "tokens_per_second_per_gpu" in figures:
-        return speed.tokens_per_second_per_gpu, figures["tokens_per_second_per_gpu"]
-    return speed.samples_per_second, figures.get("samples_per_second") or 1 / figures["seconds_per_sample"]
 
 
 def errors(seed: str, what: str) -> list[float]:
     rows = [row for row in ROWS if row.seed == seed and row.use != "shown only"]
     if what == "memory":
-        return [abs(shown_memory(row) / row.memory_gib - 1) for row in rows if row.memory_gib]
-    return [abs(planned / printed - 1) for planned, printed in map(rates, rows)]
+        return [abs(row.planned_memory_gib(row.plan()) / row.memory_gib - 1) for row in rows if row.memory_gib]
+    return [abs(planned / printed - 1) for planned, printed in (row.speeds(row.plan()) for row in rows) if printed]
 
 
 def test_all_rows_are_there():
@@ -61,12 +38,12 @@ def test_speed_within_20_percent_in_the_mean(seed):
 def test_every_run_that_went_out_of_memory_is_foreseen_and_no_other():
     ran = {row.name: row.out_of_memory for row in ROWS if row.seed == "002"}
     assert sum(ran.values()) == 1
-    assert {row.name: not memory_of(row).fits for row in ROWS if row.seed == "002"} == ran
+    assert {row.name: not row.plan().fits for row in ROWS if row.seed == "002"} == ran
 
 
 def test_a_global_batch_is_read_as_the_fourth_document_does():
     row = next(row for row in ROWS if row.name == "TP4PP1DP2, GAS 512")
-    assert build_job(row.recipe, row.cluster, program=row.program).global_batch == 1024
+    assert row.plan().job.global_batch == 1024
 
 
 def test_what_their_flops_count():

@@ -97,6 +97,7 @@ def _attention(job: Job, block: BlockConfig, path: str, found: LayerActivations)
         found.add("norm", hidden * program.normed)
     found.add("attention", (queries + 2 * gathered) * program.queries)
     found.add("attention", queries * program.compute + job.tokens * heads * 4)  # the result and its log sum
+    found.add("attention", queries * program.mixed)
     if part.rope is not None:
         found.add("attention", (queries + keys) * program.rotary)
     if part.q_norm is not None:

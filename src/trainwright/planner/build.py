@@ -5,16 +5,21 @@ Owns the same steps that training takes before it builds (`train/build.py`), wit
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trainwright.adapt.rewrite import adapted_config
 from trainwright.model import named
 from trainwright.model.config import ModelConfig
 from trainwright.model.source import load_config
 from trainwright.parallel.layout import Layout
+from trainwright.parallel.split import PartCosts
 from trainwright.planner.calibration import Calibration, load_calibration
 from trainwright.planner.hardware import Cluster
 from trainwright.planner.job import Job
 from trainwright.planner.parameters import ModelParts
 from trainwright.planner.program import Program, own_program
+from trainwright.planner.work import part_seconds
+from trainwright.recipe.parallel import ParallelRecipe
 from trainwright.recipe.schema import Recipe
 
 
@@ -61,13 +66,28 @@ def build_job(
     size = recipe.train.micro_batch_size
     rows = micro_batch or (size if isinstance(size, int) else 1)
     accumulation = layout.accumulation(rows, recipe.train.global_batch_size, recipe.train.gradient_accumulation_steps)
-    return Job(
-        recipe,
-        model,
-        layout,
-        cluster,
-        calibration or load_calibration(cluster.card),
-        program or own_program(recipe, cluster.card, cluster.gpus),
-        rows,
-        accumulation,
-    )
+    own = program or own_program(recipe, cluster.card, cluster.gpus)
+    job = Job(recipe, model, layout, cluster, calibration or load_calibration(cluster.card), own, rows, accumulation)
+    clocked = layout.pp > 1 and program is None and cluster.card.name != "CPU"
+    plain = not any(item.quantization for item in model.parameters)
+    if clocked and plain and recipe.parallel.pp_layers in ("auto", "measured"):
+        return replace(job, clocked=_clocked(job))
+    return job
+
+
+def _clocked(job: Job) -> PartCosts:
+    """What `parallel/pipeline.py: measure_costs` would see: one row through each part, not compiled, in one process."""
+    recipe, full = job.recipe, job.recompute == "full"
+    length = job.seq_len // job.layout.cp
+    key = (length, full, recipe.train.precision, job.calibration.source)
+    if key not in job.model.clocked:
+        changes = {
+            "data": recipe.data.model_copy(update={"seq_len": length}),
+            "train": recipe.train.model_copy(update={"compile": False, "master_weights": False}),
+            "parallel": ParallelRecipe(recompute="full" if full else "none"),
+        }
+        alone, one = recipe.model_copy(update=changes), replace(job.cluster, gpus=1)
+        program = own_program(alone, one.card, 1)
+        probe = Job(alone, job.model, Layout(), one, job.calibration, program, 1, 1)
+        job.model.clocked[key] = part_seconds(probe)
+    return job.model.clocked[key]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from trainwright.model.config import AttentionConfig, BlockConfig, ModelConfig
 from trainwright.parallel.layout import Layout, kv_heads_of_rank
-from trainwright.parallel.split import RowSplit, choose_row_split, stages_of_rank
+from trainwright.parallel.split import PartCosts, RowSplit, choose_row_split, stages_of_rank
 from trainwright.planner.calibration import Calibration
 from trainwright.planner.hardware import Cluster
 from trainwright.planner.parameters import ModelParts, Parameter
@@ -54,6 +54,8 @@ class Job:
     program: Program
     micro_batch: int
     accumulation: int
+    clocked: PartCosts | None = None
+    """Seconds of the parts, where training cuts its pipeline by the clock."""
     _known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
@@ -169,7 +171,8 @@ class Job:
             return (Stage(0, tuple(range(self.config.num_layers)), True, True, 1),)
         owned = [stages_of_rank(rank, layout.pp, parallel.pp_schedule, parallel.pp_stages) for rank in range(layout.pp)]
         counts = tuple(parallel.pp_layers) if isinstance(parallel.pp_layers, list) else None
-        parts = self.model.split(self.seq_len, self.recompute, layout.pp * len(owned[0]), counts)
+        costs = self.clocked or self.model.costs(self.seq_len, self.recompute)
+        parts = self.model.split(costs, layout.pp * len(owned[0]), counts)
         return tuple(self._stage(rank, mine, parts) for rank, mine in enumerate(owned))
 
     def _stage(self, rank: int, mine: tuple[int, ...], parts: tuple[range, ...]) -> Stage:

@@ -13,7 +13,7 @@ from functools import cached_property
 from trainwright.planner.activations import kind_activations
 from trainwright.planner.hardware import GIB
 from trainwright.planner.job import Job, Stage
-from trainwright.planner.program import chunk_tokens
+from trainwright.planner.program import HEAD_SLICE, HEAD_TILE, chunk_tokens
 from trainwright.planner.states import (
     States,
     group_bytes,
@@ -290,6 +290,8 @@ class _Walk:
         """One chunk of logits with its copies, the gradient of the stream, and what the head's gradient needs."""
         job, program = self.job, self.program
         vocab = -(-job.config.lm_head.out_features // job.layout.tp)
+        if program.name == "trainwright" and job.config.lm_head.quantization is not None:
+            return {"logits": self._sliced_logits(vocab), "loss": self._loss_kept()}
         chunk = chunk_tokens(program, job.tokens, vocab, self.device)
         # Over a split vocabulary, softmax is taken in place.
         each = program.logits - (4 if job.layout.tp > 1 and program.name == "trainwright" else 0)
@@ -299,6 +301,15 @@ class _Walk:
             if not job.fsdp:
                 parts["weights in compute type"] = self._head_elements() * program.cast
         return parts
+
+    def _sliced_logits(self, vocab: int) -> int:
+        """A head in fewer bits: one tile of logits and its narrow copy, a slice of the weight and what it is made of,
+        and two float32 gradients of the tile's tokens (`adapt/head.py`)."""
+        compute, hidden = self.program.compute, self.job.config.lm_head.in_features
+        rows = min(HEAD_SLICE, vocab)
+        tokens = min(self.job.tokens, HEAD_TILE // rows)
+        logits = tokens * rows * (4 if compute == 4 else 4 + compute)
+        return logits + 2 * tokens * hidden * 4 + 2 * rows * hidden * compute
 
     def _loss_kept(self) -> int:
         """The stream as the last norm keeps it, that norm's output, and its gradient that the loss makes."""

@@ -20,7 +20,7 @@ from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig, MoeConfig, linears
 from trainwright.model.shapes import parameter_shapes
 from trainwright.parallel.layout import Layout, check_model
-from trainwright.parallel.split import estimate_costs, split_layers
+from trainwright.parallel.split import PartCosts, estimate_costs, split_layers
 
 Kind = Literal["embedding", "attention", "mlp", "router", "experts", "norm", "head", "adapter"]
 
@@ -61,7 +61,10 @@ class ModelParts:
 
     def __init__(self, config: ModelConfig, frozen: tuple[str, ...] = ()) -> None:
         self.config, self.frozen = config, frozen
+        self._costs: dict[tuple[int, str], PartCosts] = {}
         self._splits: dict[tuple[Any, ...], tuple[range, ...]] = {}
+        self.clocked: dict[tuple[Any, ...], PartCosts] = {}
+        """Costs of parts by the clock, as `build.py` estimates them; for it to keep."""
         self._refusals: dict[tuple[Any, ...], UserError | None] = {}
 
     @cached_property
@@ -91,11 +94,18 @@ class ModelParts:
         """Names of what is trained."""
         return frozenset(item.name for item in self.parameters if item.trained)
 
-    def split(self, seq_len: int, recompute: str, stages: int, counts: tuple[int, ...] | None) -> tuple[range, ...]:
-        """The layers of each pipeline stage, as training splits them where it does not take costs by the clock."""
-        key = (seq_len, recompute, stages, counts)
+    def costs(self, seq_len: int, recompute: str) -> PartCosts:
+        """What each part costs in FLOPs, as training estimates it where it does not look at the clock."""
+        key = (seq_len, recompute)
+        if key not in self._costs:
+            self._costs[key] = estimate_costs(self.config, seq_len, recompute)
+        return self._costs[key]
+
+    def split(self, costs: PartCosts, stages: int, counts: tuple[int, ...] | None) -> tuple[range, ...]:
+        """The layers of each pipeline stage."""
+        key = (costs, stages, counts)
         if key not in self._splits:
-            self._splits[key] = split_layers(estimate_costs(self.config, seq_len, recompute), stages, counts)
+            self._splits[key] = split_layers(costs, stages, counts)
         return self._splits[key]
 
     def check(self, layout: Layout, seq_len: int, kv_replication: bool) -> None:

@@ -66,6 +66,8 @@ class Program:
     """A norm's output, kept by the matrices that read it."""
     normed_inner: int = 2
     """The same of the norm before the MLP."""
+    mixed: int = 0
+    """What the matrix after attention keeps of its input beside the result that attention keeps."""
     queries: int = 2
     """Queries, keys and values as attention keeps them."""
     rotary: int = 0
@@ -153,6 +155,8 @@ class Program:
 
 # Float32 logits that exist at once, in bytes: `model/kernels/cross_entropy.py` chooses its chunks by it.
 LOGIT_CHUNK_BYTES = {"cpu": 96 << 20, "gpu": 512 << 20}
+# A head in fewer bits takes slices of its rows, and as many tokens as give so many logits (`adapt/head.py`).
+HEAD_SLICE, HEAD_TILE = 4096, 1 << 24
 
 
 def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
@@ -162,6 +166,9 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
     wide = 4 if train.master_weights or train.precision == "fp32" else compute
     cpu = card.name == "CPU"
     compiled = train.compile is True or (train.compile == "auto" and not cpu)
+    # Products in 8 bits, scaled by tensor, keep each input in 8 bits: once where the compiler sees that it is the same.
+    narrow = train.float8 == "tensorwise"
+    again = 1 if compiled else 3
     return Program(
         compiled=compiled,
         compute=compute,
@@ -171,12 +178,13 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         gradient=4 if recipe.adapter else wide,
         moment=4 if recipe.adapter else wide,
         stream=compute,
-        normed=compute,
+        normed=again if narrow else compute,
         # Compiled layers keep the same: what a product reads backward is not computed again (torch 2.11, 2.13).
-        normed_inner=compute,
+        normed_inner=min(2, again) if narrow else compute,
+        mixed=1 if narrow else 0,
         queries=compute,
-        inner=3 * compute,
-        plain_inner=2 * compute,
+        inner=2 * compute + (1 if narrow else compute),
+        plain_inner=compute + (1 if narrow else compute),
         inner_work=2 * compute,
         stream_work=compute,
         # One chunk in float32 twice, and its gradient in the compute type. The head's gradient in float32, and the

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from trainwright.adapt.lora import Lora
 from trainwright.model.config import AttentionConfig, LinearConfig, MoeConfig
-from trainwright.parallel.split import kv_copies
+from trainwright.parallel.split import PartCosts, kv_copies
 from trainwright.planner.hardware import GIGA
 from trainwright.planner.job import Job
 from trainwright.planner.program import chunk_tokens
@@ -135,16 +135,20 @@ def _linear(
     """A linear layer of which this rank has `share`; its adapter and the unpacking of its weight."""
     inner, outer = linear.in_features, linear.out_features
     depth, columns = (inner, outer * share) if cut_output else (inner * share, outer)
-    fp8 = linear.quantization is not None and linear.quantization.kind == "fp8"
+    float8 = job.recipe.train.float8 if job.program.name == "trainwright" and part != "router" else None
+    fp8 = float8 is not None or (linear.quantization is not None and linear.quantization.kind == "fp8")
     forward = roofline.matmul(rows, depth, columns, fp8=fp8)
     backward = roofline.matmul(rows, columns, depth, fp8=fp8)
     flops = 2 * rows * depth * columns
     trained = job.is_trained(f"{path}.weight")
     if trained:
-        backward += roofline.matmul(depth, rows, columns)
+        backward += roofline.matmul(depth, rows, columns, fp8=float8 is not None)
     work.add(part, (forward, backward))
     work.count(flops, flops * (2 if trained else 1))
-    if fp8:  # rows become 8 bits wide on the way in, and the weight is turned for the way back
+    if float8 is not None:  # largest number, rounding, and the copies that the matrix units' order asks for
+        ins, outs, weight = rows * depth, rows * columns, depth * columns
+        work.add("rounding", (roofline.move(5 * (ins + weight)), roofline.move(7 * outs + 5 * weight + 2 * ins)))
+    elif fp8:  # rows become 8 bits wide on the way in, and the weight is turned for the way back
         narrow = job.program.compute + 1
         work.add(
             "rounding", (roofline.move(rows * depth * narrow), roofline.move((rows * narrow + 2 * depth) * columns))
@@ -238,6 +242,22 @@ def head_work(job: Job) -> Work:
     moved = roofline.move(size)
     work.add("loss", (moved / 2, moved / 2))
     return work
+
+
+def part_seconds(job: Job) -> PartCosts:
+    """Forward and backward of each part on its own, layers' forward once more with full recomputation."""
+    roofline, again = Roofline(job), job.recompute == "full"
+    kinds = {}
+    for kind in set(job.kinds.values()):
+        work = kind_work(job, kind)
+        kinds[kind] = work.forward * (1 + again) + work.backward
+    head = head_work(job)
+    table = job.config.embed_tokens
+    # The lookup's gradient is a whole table: filled, and read and written where tokens were.
+    moved = table.num_embeddings * table.embedding_dim + 4 * job.tokens * table.embedding_dim
+    embedding = roofline.move(moved * job.program.compute) + 20 * job.calibration.launch
+    layers = tuple(kinds[job.kinds[layer]] for layer in range(job.config.num_layers))
+    return PartCosts(layers, embedding, head.forward + head.backward)
 
 
 def kv_width(job: Job) -> tuple[int, int]:

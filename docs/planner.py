@@ -1,0 +1,193 @@
+"""Writes the tables of docs/planner.md: what the planner says beside what was printed and measured. CI runs it with
+--check.
+
+python docs/planner.py [--check]
+
+Published rows are `bench/published/`; measured ones are results of `trainwright bench MATRIX` kept as
+`benchmarks/results/MATRIX.json`. Every figure of the plan is computed anew, with the efficiencies that are shipped, or
+with those that `doctor --measure` wrote on that machine where `benchmarks/results/MATRIX.yaml` keeps them.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from trainwright.bench.cell import Cell, cells_of
+from trainwright.bench.matrix import find_matrix, read_matrix
+from trainwright.bench.published import PublishedRow, load_published
+from trainwright.planner.calibration import Calibration, read_calibration
+from trainwright.planner.hardware import GIB, cluster_of
+from trainwright.planner.plan import Plan, plan
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "planner.md"
+RESULTS = ROOT / "benchmarks" / "results"
+STATES = ROOT / "tests" / "planner" / "test_states.py"
+
+os.environ["TRAINWRIGHT_CALIBRATION"] = str(RESULTS / "none")  # the shipped efficiencies, not this machine's own
+
+
+def table(heads: str, rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown; heads that end in a colon are of numbers."""
+    names = heads.split(" | ")
+    rules = ["---:" if name.endswith(":") else "---" for name in names]
+    lines = [[name.rstrip(":") for name in names], rules, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def error(planned: float | None, printed: float | None) -> float | None:
+    return planned / printed - 1 if planned and printed else None
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:+.1%}"
+
+
+def mean_and_worst(errors: Iterable[float | None]) -> str:
+    known = [abs(value) for value in errors if value is not None]
+    return f"{sum(known) / len(known):.1%} / {max(known):.1%} of {len(known)}" if known else ""
+
+
+# ---- published
+
+
+def published() -> str:
+    """A summary of each document, then every row."""
+    rows = [(row, row.plan()) for document in load_published() for row in document.rows]
+    return f"{_summary(rows)}\n\n{_every_row(rows)}"
+
+
+def _summary(rows: list[tuple[PublishedRow, Plan]]) -> str:
+    lines = []
+    for document in load_published():
+        for use in ("held out", "calibration", "shown only"):
+            mine = [(row, made) for row, made in rows if row.seed == document.seed and row.use == use]
+            if mine:
+                memory = mean_and_worst(_memory_error(*each) for each in mine)
+                speed = mean_and_worst(_speed_error(*each) for each in mine)
+                lines.append([document.seed, document.title, use, str(len(mine)), memory, speed])
+    return table("seed | document | rows are | rows: | memory, mean / worst: | speed, mean / worst:", lines)
+
+
+def _memory_error(row: PublishedRow, made: Plan) -> float | None:
+    return error(row.planned_memory_gib(made), row.memory_gib)
+
+
+def _speed_error(row: PublishedRow, made: Plan) -> float | None:
+    return error(*row.speeds(made))
+
+
+def _every_row(rows: list[tuple[PublishedRow, Plan]]) -> str:
+    lines = []
+    for row, made in rows:
+        planned, printed = row.speeds(made)
+        memory = f"{row.memory_gib:.1f}" if row.memory_gib else ("out of memory" if row.out_of_memory else "")
+        ours = f"{row.planned_memory_gib(made):.1f}" + ("" if made.fits else ", does not fit") if memory else ""
+        speeds = [f"{printed:.4g}", f"{planned:.4g}"] if printed else ["", ""]
+        errors = percent(_memory_error(row, made)), percent(_speed_error(row, made))
+        lines.append([row.seed, row.name, row.use, memory, ours, errors[0], *speeds, errors[1]])
+    heads = "seed | row | use | GiB printed: | planned: | error: | speed printed: | planned: | error:"
+    return table(heads, lines)
+
+
+# ---- measured
+
+
+def measured() -> str:
+    """Every kept result of a matrix of the planner; what is kept of none is said."""
+    parts = []
+    for path in sorted(RESULTS.glob("planner_*.json")):
+        parts.append(_measured(path))
+    for name in ("planner_h200_1", "planner_h200_2", "planner_h200_4"):
+        if not (RESULTS / f"{name}.json").exists():
+            parts.append(f"`{name}`: {len(cells_of(read_matrix(find_matrix(name))))} rows, no result is kept yet.")
+    return "\n\n".join(parts)
+
+
+def _measured(path: Path) -> str:
+    results, own = json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".yaml")
+    calibration = read_calibration(own) if own.is_file() else None
+    cells = {cell.name: cell for cell in cells_of(read_matrix(find_matrix(path.stem)))}
+    rows = [row for row in results["rows"] if row["status"] in ("ok", "oom") and row["name"] in cells]
+    lines, errors = [], []
+    for row in rows:
+        made = _plan(cells[row["name"]], row, calibration)
+        memory = made.memory.stages[0].peak.total if results.get("peak_of") == "rank 0" else made.memory.allocated
+        seconds = row.get("step_seconds")
+        of_memory, of_time = error(memory / GIB, row.get("peak_memory_gib")), error(made.speed.step_seconds, seconds)
+        use = "calibration" if row.get("note", "").startswith("calibration") else "held out"
+        errors.append((use, of_memory, of_time, row["status"] == "oom" and made.fits))
+        ran = f"{row['peak_memory_gib']:.1f}" if row["status"] == "ok" else "out of memory"
+        ours = f"{memory / GIB:.1f}" + ("" if made.fits else ", does not fit")
+        step = f"{seconds:.3g}" if seconds else ""
+        lines.append(
+            [row["name"], use, ran, ours, percent(of_memory), step, f"{made.speed.step_seconds:.3g}", percent(of_time)]
+        )
+    heads = "row | use | GiB taken: | planned: | error: | step s taken: | planned: | error:"
+    return "\n\n".join([f"### {results['title']}", results.get("source", ""), _bounds(errors), table(heads, lines)])
+
+
+def _plan(cell: Cell, row: dict[str, Any], calibration: Calibration | None) -> Plan:
+    cap = cell.setting.memory_gib or row.get("device_memory_gib")
+    return plan(cell.recipe, cluster_of(row["device"], cell.gpus, memory_gib=cap), calibration=calibration)
+
+
+def _bounds(errors: list[tuple[str, float | None, float | None, bool]]) -> str:
+    lines = []
+    for use in ("held out", "calibration"):
+        mine = [each for each in errors if each[0] == use]
+        if mine:
+            wrong = sum(each[3] for each in mine)
+            means = mean_and_worst(each[1] for each in mine), mean_and_worst(each[2] for each in mine)
+            lines.append([use, str(len(mine)), *means, str(wrong)])
+    heads = "rows are | rows: | memory, mean / worst: | step time, mean / worst: | said to fit, did not:"
+    return table(heads, lines)
+
+
+# ---- exact
+
+
+def exact() -> str:
+    """The layouts whose every rank is compared to the byte, as the test lists them."""
+    tree = ast.parse(STATES.read_text(encoding="utf-8"))
+    found: dict[str, Any] = {
+        node.targets[0].id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    rows = [[each.elts[0].value, f"`{ast.unparse(each.elts[1])}`"] for each in found["LAYOUTS"].elts]
+    families = ", ".join(each.value for each in found["FAMILIES"].elts)
+    return f"{table('model | layout', rows)}\n\nOne process, every family: {families}."
+
+
+TABLES: dict[str, Callable[[], str]] = {"published": published, "measured": measured, "exact": exact}
+
+
+def page(text: str) -> str:
+    """The page with every table between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", made, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Writes the page, or says that it is stale."""
+    old = PAGE.read_text(encoding="utf-8")
+    new = page(old)
+    if "--check" not in sys.argv:
+        PAGE.write_text(new, encoding="utf-8")
+    elif new != old:
+        sys.exit("docs/planner.md is stale: run python docs/planner.py")
+
+
+if __name__ == "__main__":
+    main()
