@@ -24,6 +24,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/tour.py --check
+	$(BIN)/python docs/planner.py --check
 	$(BIN)/python docs/performance.py --check
 
 install: $(VENV)/installed
