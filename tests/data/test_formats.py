@@ -57,6 +57,7 @@ def read(row: dict[str, Any], columns: dict[str, str] | None = None) -> Any:
             [{"role": "system", "content": "Be"}, *CHAT],
         ),
         ({"conversations": CHAT}, "sharegpt", CHAT),
+        ({"conversation_id": 1, "conversation": [{"human": "Hi", "assistant": "Hello"}] * 2}, "sharegpt", CHAT * 2),
         ({"messages": CHAT}, "messages", CHAT),
         ({"messages": [{**CHAT[0], "name": None, "tool_calls": None}, CHAT[1]]}, "messages", CHAT),  # as Arrow fills it
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[1]]}, "messages", CHAT),

@@ -85,7 +85,7 @@ def messages(row: Row) -> Sample:
 
 
 def sharegpt(row: Row) -> Sample:
-    """ShareGPT's `conversations` of from and value, maybe with `system` and `tools`."""
+    """ShareGPT's `conversations` of from and value, maybe with `system` and `tools`; or of human and assistant."""
     return _chat(row, "conversations")
 
 
@@ -171,11 +171,18 @@ def _chat(row: Row, key: str) -> Sample:
     turns = row.get(key)
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"{key} is {_kind(turns) if turns != [] else 'an empty list'}, expected a list of turns")
-    found = [_turn(turn, at) for at, turn in enumerate(turns)]
+    found = [_turn(spoken, at) for at, turn in enumerate(turns) for spoken in _speakers(turn)]
     system = _text(row, "system", optional=True)
     if system and found[0]["role"] != "system":
         found.insert(0, {"role": "system", "content": system})
     return Sample(messages=found, tools=_tools(row))
+
+
+def _speakers(turn: object) -> list[object]:
+    """One entry as turns: Firefly's and school_math's {"human": ..., "assistant": ...} is two of them."""
+    if isinstance(turn, Mapping) and "human" in turn and "assistant" in turn and not {"role", "from"} & set(turn):
+        return [{"role": speaker, "content": turn[speaker]} for speaker in ("human", "assistant")]
+    return [turn]
 
 
 def _turn(turn: object, at: int) -> Message:
