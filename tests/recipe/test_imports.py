@@ -241,6 +241,12 @@ def test_paddlenlp_groups_of_shards_need_the_number_of_gpus(files):
         files("pretrain.json", PADDLE_PRETRAIN, gpus=12)
 
 
+def test_paddlenlp_says_the_groups_itself(files):
+    recipe, lost = files("pretrain.json", {**PADDLE_PRETRAIN, "data_parallel_degree": 3})
+    assert recipe.parallel.dp_replicate == 3
+    assert "sharding_parallel_degree" not in lost
+
+
 def test_paddlenlp_from_random_weights(files):
     values = {**PADDLE_PRETRAIN, "continue_training": 0, "tokenizer_name_or_path": "./tokens"}
     recipe, _ = files("scratch.json", values)
@@ -364,6 +370,19 @@ def test_torchtitan_global_batch_is_the_ranks_own_where_it_is_not_said(files):
     assert (recipe.model.config, recipe.train.warmup) == ("meta-llama/Meta-Llama-3-8B", 9)
     assert (recipe.parallel.zero, recipe.parallel.recompute) == (3, "selective")
     assert "model.tokenizer_path" in lost  # it names none
+
+
+def test_torchtitan_decay_gives_way_to_the_warmup(files):
+    text = TITAN.replace("warmup_steps = 30", "warmup_steps = 300")
+    recipe, _ = files("run.toml", text)
+    assert (recipe.train.warmup, recipe.train.decay) == (300, 100)
+
+
+def test_torchtitan_8_bit_floats_are_listed_in_both_spellings(files):
+    old = "[float8]\nenable_float8_linear = true\nscaling_type_input = 'dynamic'\n"
+    text = TITAN.replace('converters = ["float8"]', "") + old
+    assert "model.converters" in files("run.toml", text)[1]
+    assert "model.converters" not in files("run.toml", text.replace("linear = true", "linear = false"))[1]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,10 @@ IGNORED: dict[str, Ignored] = {
         do_causal_lm_eval debug experimental_skip_move_to_device axolotl_config_path embeddings_skip_upcast
         merge_lora save_safetensors include_tkps use_ray ray_run_name ray_num_workers resources_per_worker
         push_dataset_to_hub mlflow_experiment_name mlflow_tracking_uri comet_project_name use_otel_metrics
+        use_kernels use_scattermoe use_sonicmoe fused_attn_kernel experts_implementation liger_rms_norm_gated
+        tokenizer_use_mistral_common llama4_linearized_experts auto_resume_from_checkpoints accelerator_config
+        streaming_multipack_buffer_size otel_metrics_host otel_metrics_port swanlab_mode swanlab_description
+        swanlab_experiment_name swanlab_log_completions use_glm_dsa_kernels use_dsv4_kernels
         dataset_num_proc peft_autocast_adapter_dtype tokenizer_save_jinja_files use_wandb logging_strategy attention
     """),
     **unless("kernels come with the package; other plugins' code is not run", keys="plugins"),
@@ -75,6 +79,8 @@ IGNORED: dict[str, Ignored] = {
     **unless("a run trains all of the data it is given", keys="dataset_shard_num dataset_shard_idx shards"),
     **unless("weights are trained as they are", keys="qat quantization llmcompressor lisa_n_layers"),
     **unless("weights that are 4-bit already are not read", False, keys="gptq"),
+    **unless("parallel.mlp_tokens is how many tokens pass an MLP at once", False, keys="tiled_mlp"),
+    **unless("texts are trained, and no images or sounds", keys="processor_type freeze_mm_modules"),
     **unless("layers attend to all they may see", False, keys="s2_attention use_pose"),
 }
 
@@ -102,10 +108,12 @@ def read(reading: Reading) -> None:
     _read_precision(reading)
     _read_saves(reading)
     _read_parallel(reading)
-    project = reading.take("wandb_project")
-    if project:
-        reading.put("tracking.tracker", "wandb")
-        reading.put("tracking.project", str(project))
+    for tracker in ("wandb", "swanlab"):
+        project, asked = reading.take(f"{tracker}_project"), reading.flag(f"use_{tracker}")
+        if project or asked:
+            reading.put("tracking.tracker", tracker)
+            reading.put("tracking.project", project and str(project))
+    reading.put("tracking.tensorboard", reading.take("use_tensorboard"))
     put_output(reading, reading.take("output_dir", "./model-out"))
 
 
@@ -115,11 +123,13 @@ def _read_model(reading: Reading) -> None:
     tokenizer = reading.take("tokenizer_config")
     if tokenizer is not None and tokenizer != name:
         reading.put("model.tokenizer", hub_or_folder(str(tokenizer)))
+    named = str(reading.take("attn_implementation", ""))
     backends = {"flash_attention": "flash", "sdp_attention": "sdpa", "eager_attention": "eager",
                 "xformers_attention": "auto", "flex_attention": "auto"}  # fmt: skip
     chosen = [ours for theirs, ours in backends.items() if reading.flag(theirs)]
     # Flash attention is what it recommends for every file, not a wish for one kernel: auto takes the fastest.
-    reading.put("model.attention", {"eager": "eager", "sdpa": "sdpa"}.get(chosen[0], "auto") if chosen else None)
+    kept = {"eager": "eager", "sdpa": "sdpa"}
+    reading.put("model.attention", kept.get(named) or (kept.get(chosen[0]) if chosen else None))
 
 
 def _read_adapter(reading: Reading) -> None:
@@ -172,7 +182,7 @@ def _read_data(reading: Reading, plain: bool) -> None:
         reading.put("data.validation", share)
     reading.put("data.seq_len", reading.whole("sequence_len", 512))
     reading.put("data.packing", reading.flag("sample_packing") or plain)
-    if plain:
+    if reading.flag("streaming", plain):
         reading.put("data.streaming", True)
     read_template(reading, entries)
     reading.put("data.system", reading.take("default_system_message"))

@@ -49,6 +49,17 @@ IGNORED: dict[str, Ignored] = {
     ),
     **unless("there is no such optimizer", False, keys="use_galore use_badam use_apollo use_adam_mini"),
     **unless("layers attend to all they may see", False, keys="shift_attn mixture_of_depths"),
+    **quiet("""
+        image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps video_maxlen crop_to_patches
+        pissa_iter fp8_backend fp8_enable_fsdp_float8_all_gather asft_alpha eaft_alpha apollo_layerwise apollo_target
+        apollo_rank apollo_scale apollo_scale_type apollo_proj apollo_update_interval badam_mode badam_switch_mode
+        badam_switch_interval badam_update_ratio badam_verbose galore_layerwise galore_target galore_rank galore_scale
+        galore_update_interval use_distributed_optimizer sequence_parallel overlap_param_gather overlap_grad_reduce
+        bias_activation_fusion apply_rope_fusion moe_grouped_gemm moe_token_dispatcher_type
+        fsdp_transformer_layer_cls_to_wrap mixed_precision export_hf_on_finish
+    """),
+    **unless("the loss is cross entropy", False, keys="use_asft_loss use_dft_loss use_eaft_loss"),
+    **unless("layers are not computed on the host", False, keys="use_kt kt_config kt_weight_path"),
     **unless("set model.overrides.router_aux_loss_coef", keys="moe_aux_loss_coef"),
     **unless("training in 8-bit floats is for frozen weights: quantize: fp8", False, keys="fp8"),
 }
@@ -273,7 +284,9 @@ def _source(reading: Reading, name: str, listed: Mapping[str, Any], folder: Path
 
 
 def _read_parallel(reading: Reading) -> None:
-    """It recomputes every layer unless told otherwise; DeepSpeed or FSDP say what is shared."""
+    """It recomputes every layer unless told otherwise; DeepSpeed or FSDP say what is shared, Megatron what is split."""
+    for theirs, ours in (("tensor_model", "tp"), ("pipeline_model", "pp"), ("expert_model", "ep"), ("context", "cp")):
+        reading.put(f"parallel.{ours}", reading.whole(f"{theirs}_parallel_size"))
     off = reading.flag("disable_gradient_checkpointing")
     on = reading.flag("gradient_checkpointing", True)
     reading.put("parallel.recompute", "none" if off or not on else "full")

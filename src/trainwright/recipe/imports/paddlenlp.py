@@ -23,6 +23,7 @@ SPLIT = "949,50,1"
 IGNORED: dict[str, Ignored] = {
     **hf_trainer.IGNORED,
     **quiet("""
+        use_intermediate_api auto_parallel_resume_form_hybrid_parallel ignore_save_lr_and_optim
         use_flash_attention flash_mask use_fused_rms_norm use_fused_rope use_fused_linear use_fused_dropout_add
         use_fused_linear_cross_entropy use_fused_head_and_loss_fn fuse_attention_qkv fuse_attention_ffn
         fuse_sequence_parallel_allreduce enable_linear_fused_grad_add distributed_dataloader
@@ -183,6 +184,11 @@ def _read_parallel(reading: Reading) -> None:
 
 def _read_groups(reading: Reading, fixed: int) -> None:
     """Shards live inside groups of `sharding_parallel_degree`; how many groups, the number of GPUs says."""
+    copies = reading.whole("data_parallel_degree", -1) or -1
+    if copies > 0:
+        reading.whole("sharding_parallel_degree")
+        reading.put("parallel.dp_replicate", copies if reading.recipe["parallel"]["zero"] else None)
+        return
     degree = reading.whole("sharding_parallel_degree", reading.whole("sharding_degree", -1))
     if degree is None or degree < 1:
         return

@@ -31,6 +31,7 @@ DATASETS = {
     "c4_validation": "hf:allenai/c4:en/c4-validation.*.json.gz",
     "c4_test": "tests/assets/c4_test/*.json",
 }
+NUMBERS = ("float8.", "mx.", "quantize.")
 SCHEDULES = {"1f1b": "1f1b", "interleaved1f1b": "interleaved", "zbvzerobubble": "zbv"}
 IGNORED: dict[str, Ignored] = {
     **quiet("""
@@ -47,12 +48,7 @@ IGNORED: dict[str, Ignored] = {
         checkpoint.last_save_in_hf checkpoint.create_seed_checkpoint checkpoint.enable_first_step_checkpoint
         checkpoint.staging checkpoint.load_only checkpoint.initial_load_model_only checkpoint.exclude_from_loading
         activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns activation_checkpoint.early_stop
-        activation_checkpoint.preserve_rng_state float8.enable_fsdp_float8_all_gather
-        float8.precompute_float8_dynamic_scale_for_fsdp float8.force_recompute_fp8_weight_in_bwd float8.filter_fqns
-        float8.recipe_name float8.emulate quantize.linear.float8.enable_fsdp_float8_all_gather
-        quantize.linear.float8.filter_fqns quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp
-        quantize.linear.float8.recipe_name quantize.grouped_mm.float8.fqns quantize.linear.mx.filter_fqns
-        quantize.linear.mx.recipe_name mx.recipe_name mx.filter_fqns mx.mxfp8_dim1_cast_kernel_choice
+        activation_checkpoint.preserve_rng_state
         model.norm_type comm.init_timeout_seconds comm.trace_buf_size comm.save_traces_folder
         memory_estimation.enabled memory_estimation.disable_fake_mode debug.deterministic_warn_only
         model.print_after_conversion fault_tolerance.process_group fault_tolerance.replica_id
@@ -97,6 +93,10 @@ def looks_like(found: Mapping[str, Any]) -> bool:
 def read(reading: Reading) -> None:
     """Everything, table by table."""
     reading.flatten()
+    if reading.flag("float8.enable_float8_linear"):
+        reading.left.setdefault("model.converters", ["float8"])
+    for key in [key for key in reading.left if key.startswith(NUMBERS)]:  # how, where model.converters says that
+        reading.take(key)
     reading.put("task", "pretrain")
     reading.put("description", reading.take("job.description"))
     _read_model(reading)
@@ -205,7 +205,8 @@ def _read_optimizer(reading: Reading) -> None:
     share, kind = reading.number("lr_scheduler.decay_ratio"), str(reading.take("lr_scheduler.decay_type", "linear"))
     if share is not None:
         reading.put("train.schedule", "wsd")
-        reading.put("train.decay", share if share < 1 else steps)
+        most = steps - min(warmup, steps)  # its own decay gives way to the warmup as well
+        reading.put("train.decay", share if share * steps <= most and share < 1 else most)
         if kind != "linear":
             reading.drop("lr_scheduler.decay_type", kind, "train.schedule=wsd falls in a line")
     else:
