@@ -24,9 +24,10 @@ from trainwright.bench import result
 from trainwright.bench.cell import Cell, cells_of, expected_seconds, here, predict
 from trainwright.bench.find import check_find, find_limit, search
 from trainwright.bench.matrix import Matrix
-from trainwright.bench.processes import Ended, descendants
+from trainwright.bench.processes import Ended, descendants, fork_is_fit, forks_would_be_fit
 from trainwright.bench.runner import Runner, run_cells
 from trainwright.errors import UserError
+from trainwright.recipe.show import to_yaml
 
 TINY = {
     "title": "tiny", "recipe": "quickstart", "made": True, "warmup_steps": 1, "measured_steps": 4,
@@ -173,6 +174,29 @@ def test_out_of_memory_ends_one_cell(runner):
     with fresh(runner) as display:
         assert runner.measure(short) == row
         assert display.begun == []
+
+
+def test_ranks_that_cannot_be_forked_are_started_anew(runner, tmp_path):
+    cell = cells([{"name": "cold", "gpus": 2}])[0]
+    (tmp_path / "recipe.yaml").write_text(to_yaml(cell.recipe.model_copy(update={"output": str(tmp_path)})))
+    (tmp_path / "cell.json").write_text('{"memory_gib": null}')
+    command = [sys.executable, "-m", "trainwright.bench.processes", str(tmp_path), "2"]
+    assert subprocess.run(command, timeout=120).returncode == 0
+    assert json.loads((tmp_path / "outcome.json").read_text())["rows_per_step"] == 8
+
+
+def test_a_fork_with_an_open_driver_is_unfit(monkeypatch):
+    assert fork_is_fit()
+    assert forks_would_be_fit()
+    with open(os.devnull) as opened:
+        monkeypatch.setattr(
+            "os.readlink", lambda path: "/dev/nvidia-uvm" if path.endswith(f"/{opened.fileno()}") else ""
+        )
+        assert not fork_is_fit()
+        assert not forks_would_be_fit()
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: True)
+    assert not fork_is_fit()
 
 
 def strike(runner: Runner, number: int, *, youngest: bool = True) -> Callable[[], bool]:

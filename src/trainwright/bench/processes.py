@@ -205,6 +205,7 @@ def _child(folder: Path, gpus: int) -> None:
             os.dup2(log, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if not fork_is_fit():
+            print("started anew: a library opened the device's driver while it was imported", flush=True)
             os.execv(sys.executable, [sys.executable, "-m", "trainwright.bench.processes", str(folder), str(gpus)])
         status = lead(folder, gpus, forked=True)
     except BaseException:
@@ -230,6 +231,16 @@ def fork_is_fit() -> bool:
     return not any(name.startswith(DRIVERS) for name in opened)
 
 
+def forks_would_be_fit() -> bool:
+    """The same of the forks that torchrun's engine will make of this process, tried with one."""
+    import torch.distributed.launcher.api  # noqa: F401  (whatever it opens, it opens now)
+
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if fork_is_fit() else 1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
 def lead(folder: Path, gpus: int, *, forked: bool) -> int:
     """A cell's first process: does the work itself, or has `gpus` ranks do it. Returns the exit status."""
     import faulthandler
@@ -243,7 +254,7 @@ def lead(folder: Path, gpus: int, *, forked: bool) -> int:
 
     ranks = folder / "run" / "ranks"
     ranks.mkdir(parents=True, exist_ok=True)
-    if forked:
+    if forked and forks_would_be_fit():
         return run_processes(gpus, lambda: _rank(folder), ranks)
     return run_processes(gpus, [sys.executable, "-m", "trainwright.bench.processes", str(folder)], ranks)
 
