@@ -26,6 +26,7 @@ from trainwright.bench.find import check_find, find_limit, search
 from trainwright.bench.matrix import Matrix
 from trainwright.bench.processes import Ended, descendants, fork_is_fit, forks_would_be_fit
 from trainwright.bench.runner import Runner, run_cells
+from trainwright.cli import main
 from trainwright.errors import UserError
 from trainwright.recipe.show import to_yaml
 
@@ -426,7 +427,22 @@ def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, matrix):
     assert (tmp_path / "benches/m/index.html").exists()
 
 
-def test_what_is_wrong_is_said_before_anything_runs(tmp_path, matrix):
+@pytest.fixture
+def verb(tmp_path: Path, monkeypatch: Any, capsys: Any) -> Callable[..., tuple[Any, str, str]]:
+    """`trainwright bench WORDS` in this process: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRAINWRIGHT_DEVICE", "cpu")
+
+    def run_here(*words: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr("sys.argv", ["trainwright", "bench", *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return (left.value.code, *capsys.readouterr())
+
+    return run_here
+
+
+def test_what_is_wrong_is_said_before_anything_runs(tmp_path, matrix, verb):
     for words, said in (
         ((), "which matrix?"),
         (("no_such",), "no matrix no_such"),
@@ -437,20 +453,19 @@ def test_what_is_wrong_is_said_before_anything_runs(tmp_path, matrix):
         ((str(matrix), "--dry-run", "--gpu", "H20O"), "--gpu H20O is no card in the table: use one of H20"),
         ((str(matrix), "--find", "max_micro_batch"), "add --memory-gib"),
     ):
-        done = run(tmp_path, *words)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("trainwright: ")
-        assert said in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        code, out, err = verb(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith("trainwright: ")
+        assert said in err
+        assert len(err.splitlines()) == 1
     assert not (tmp_path / "benches").exists()
 
 
-def test_a_dry_run_tells_what_would_run(tmp_path, matrix):
-    done = run(tmp_path, str(matrix), "--dry-run", "--json")
-    told = json.loads(done.stdout)
+def test_a_dry_run_tells_what_would_run(tmp_path, matrix, verb):
+    told = json.loads(verb(str(matrix), "--dry-run", "--json")[1])
     assert [cell["name"] for cell in told["cells"]] == ["first", "long"]
     assert all(cell["fits"] and cell["predicted_memory_gib"] > 0 for cell in told["cells"])
-    there = json.loads(run(tmp_path, str(matrix), "--dry-run", "--gpu", "H200", "--json").stdout)
+    there = json.loads(verb(str(matrix), "--dry-run", "--gpu", "H200", "--json")[1])
     assert there["cells"][0]["predicted_step_seconds"] < told["cells"][0]["predicted_step_seconds"]
     assert told["expected_seconds"] == pytest.approx(sum(cell["expected_seconds"] for cell in told["cells"]))
     assert not (tmp_path / "benches").exists()
