@@ -1,16 +1,19 @@
 """Fine-tuning in little memory on one GPU: ours beside transformers + PEFT + bitsandbytes + Liger, and Unsloth.
 
-    python benchmarks/qlora_gpu.py [--rows 512,8192,...] [--sides ours,hf,unsloth] [--folder /tmp/qlora]
+    python benchmarks/qlora_gpu.py --rows 512,8192                  about 8 minutes
+    python benchmarks/qlora_gpu.py --rows lora,fp8,int8,long,load   about 9 minutes
+    python benchmarks/qlora_gpu.py --tiny --sides ours              a rehearsal on a CPU, sizes of no interest
 
-Random Llama-3-8B, rank 64 on all linear layers (the last row: Llama-2-7B, rank 8), random tokens, one table: median of
-the measured steps, peak allocated memory of a whole step. Each line is a process of its own. Peers read the random
-model from a folder that is written first; ours draws its own, but in the rows where both print a first loss, which must
-agree: at the beginning adapters add nothing, and nf4 is the same numbers.
+Random Llama-3-8B, rank 64 on all linear layers (int8: Llama-2-7B, rank 8), random tokens. Every line is printed as it
+is measured: median of the measured steps, most memory allocated (and reserved) in any step from the first on. Each line
+is a process of its own with a limit of time, and no line begins after `--seconds`. Peers read the random model from a
+folder that is written first on the GPU; ours draws its own, but for `load`, which streams it: its first loss must be
+the peers', because adapters begin at nothing and nf4 is the same numbers.
 
 Peers' memory is given with torch's fused AdamW (the run that is timed) and, in a second pass, with bitsandbytes'
 AdamW8bit. Needs one CUDA GPU and, for peers, these packages where Python finds them (none of their other needs is
 imported): transformers, peft, accelerate, bitsandbytes, liger-kernel, trl, datasets, dill, multiprocess, unsloth and
-unsloth_zoo. Rows: 512, 8192, lora, fp8, long, int8, load. All of them take about 12 minutes; 512,8192,load about 6.
+unsloth_zoo.
 """
 
 from __future__ import annotations
@@ -39,51 +42,53 @@ LLAMA2: dict[str, Any] = {
     **LLAMA3, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000, "rope_theta": 10000.0,
     "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096,
 }  # fmt: skip
+TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 32}
 LITTLE = {"quantize_tables": "nf4", "train": {"optimizer": "adamw8bit"}}
+LONG = {"recompute": "full", "offload": "activations", "mlp_tokens": 4096}
 ROWS: dict[str, dict[str, Any]] = {
     "512": {"seq_len": 512, "steps": 12, "warmup": 6},
     "8192": {"seq_len": 8192},
     "lora": {"seq_len": 8192, "quantize": None, "peer_recompute": False},
     "fp8": {"seq_len": 8192, "quantize": "fp8", "peers": False},
-    "long": {"seq_len": 81920, "peers": False, "cap_gib": 24, "steps": 1, "warmup": 1},
     "int8": {"seq_len": 512, "batch": 8, "rank": 8, "quantize": "int8", "keys": LLAMA2, "unsloth": False},
-    "load": {"seq_len": 512, "peers": False},
+    "long": {"seq_len": 81920, "peers": False, "steps": 0, "warmup": 1},
+    "load": {"seq_len": 512, "peers": False, "steps": 2, "warmup": 1},
 }
-# What ours sets in each row, by the name of the line.
+# What ours sets in each row, by the name of the line. cap_gib: torch may take no more from the device.
 OURS: dict[str, dict[str, dict[str, Any]]] = {
     "512": {
         "little memory": {**LITTLE, "parallel": {"recompute": "full"}},
-        "fast": {"path": True},
-        "fast, graph": {"train": {"cuda_graph": True}},
-        "fast, little, graph": {**LITTLE, "train": {"optimizer": "adamw8bit", "cuda_graph": True}},
+        "graph": {**LITTLE, "train": {"optimizer": "adamw8bit", "cuda_graph": True}},
+        "no recompute": LITTLE,
     },
     "8192": {
-        "little memory": {
-            **LITTLE, "parallel": {"recompute": "full", "offload": "activations", "mlp_tokens": 4096},
-        },
-        "24 GiB": {**LITTLE, "parallel": {"recompute": "selective", "recompute_memory": 13.0}},
-        "any memory": {},
+        "24 GiB": {**LITTLE, "parallel": {"recompute": "selective", "recompute_memory": 13.0}, "cap_gib": 24},
+        "little memory": {**LITTLE, "parallel": LONG},
     },
     "lora": {"any memory": {}},
     "fp8": {"any memory": {}},
-    "long": {
-        f"{tokens:,} tokens": {
-            **LITTLE, "seq_len": tokens,
-            "parallel": {"recompute": "full", "offload": "activations", "mlp_tokens": 8192},
-        }
-        for tokens in (81920, 131072, 204800)
-    },
     "int8": {
-        "12.6 GB": {"parallel": {"recompute": "selective", "recompute_memory": 4.0}},
-        "little memory": {"train": {"optimizer": "adamw8bit"}, "parallel": {"recompute": "full"}},
+        "12.6 GB": {
+            "train": {"optimizer": "adamw8bit"}, "parallel": {"recompute": "selective", "recompute_memory": 2.0},
+        },
     },
-    "load": {"streamed, nf4": {**LITTLE, "path": True, "parallel": {"recompute": "full"}}},
+    "long": {
+        f"{tokens:,} tokens": {**LITTLE, "seq_len": tokens, "parallel": LONG, "cap_gib": 24}
+        for tokens in (81920, 163840)
+    },
+    "load": {"streamed": {**LITTLE, "quantize_tables": None, "path": True, "parallel": {"recompute": "full"}}},
 }  # fmt: skip
+SECONDS = {"long": 240}
+"""Of a line's process, where it is not 150."""
 
 
-def row_of(name: str) -> dict[str, Any]:
+def row_of(name: str, tiny: bool = False) -> dict[str, Any]:
     defaults = {"batch": 1, "rank": 64, "quantize": "nf4", "keys": LLAMA3, "steps": 5, "warmup": 3}
-    return {**defaults, **ROWS[name]}
+    row = {**defaults, **ROWS[name]}
+    if tiny:
+        few = {"num_key_value_heads": 2, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}
+        row |= {"keys": {**row["keys"], **TINY, **few}, "seq_len": min(row["seq_len"], 256), "rank": 8, "tiny": True}
+    return row
 
 
 def tokens_of(row: dict[str, Any], seq_len: int) -> Any:
@@ -110,7 +115,7 @@ def ours(row: dict[str, Any], settings: dict[str, Any], folder: str) -> dict[str
     from trainwright.train.optimizer import build_optimizer
     from trainwright.train.step import LossScale, TrainStep
 
-    seq_len = settings.get("seq_len", row["seq_len"])
+    seq_len = row["seq_len"] if "tiny" in row else settings.get("seq_len", row["seq_len"])
     keys = {**row["keys"], "max_position_embeddings": max(seq_len, row["keys"]["max_position_embeddings"])}
     read = Path(folder) if settings.get("path") else None
     where = {"path": folder} if read else {"config": keys, "tokenizer": "byte"}
@@ -129,10 +134,11 @@ def ours(row: dict[str, Any], settings: dict[str, Any], folder: str) -> dict[str
     sources = adapt(Sources(load_config(read or keys), None, read), recipe)  # type: ignore[arg-type]
     begin = time.perf_counter()
     model, _ = build_model(recipe, sources, world)
-    built = {"built_s": time.perf_counter() - begin, "built_gib": torch.cuda.max_memory_allocated() / GIB}
+    built = {"built_s": time.perf_counter() - begin, "built_gib": peaks()[0]}
     train = recipe.train
+    recorded = train.cuda_graph and world.device.type == "cuda"  # a rehearsal has none
     optimizers = build_optimizer(model, train.optimizer, betas=train.betas, eps=train.eps, weight_decay=0.0)
-    graphs = GraphedPasses(optimizers.parameters) if train.cuda_graph else None
+    graphs = GraphedPasses(optimizers.parameters) if recorded else None
     step = TrainStep(model, optimizers, world, max_grad_norm=1.0, loss_scale=LossScale(False), graphs=graphs)
     ids = tokens_of(row, seq_len)
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
@@ -177,55 +183,86 @@ def peer(side: str, row: dict[str, Any], folder: str) -> dict[str, Any]:
     return {**result, "little_gib": little["peak_gib"]}
 
 
-def measure(step: Callable[[], float], row: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Median seconds of a step, peak memory, the first loss."""
+def peaks() -> tuple[float, float]:
+    """Most memory (allocated, reserved) since the last `restart`, in GiB; nothing on a CPU."""
     import torch
 
-    first = step()
-    for _ in range(row["warmup"] - 1):
-        step()
-    torch.cuda.synchronize()
+    if not torch.cuda.is_available():
+        return 0.0, 0.0
+    return torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+
+
+def restart() -> None:
+    """Waits for the device and forgets its peaks."""
+    import torch
+
     gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(row["steps"]):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure(step: Callable[[], float], row: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Median seconds of a step, most memory in any step, the first loss. Every step ends with the loss on the host.
+
+    The first steps count for memory too: of a recorded graph, whose memory torch does not count again, they tell the
+    truth. Without measured steps the last warm-up step is timed.
+    """
+    restart()
+    begin = time.perf_counter()
+    first = step()
+    seconds = [time.perf_counter() - begin]
+    for number in range(1, row["warmup"] + row["steps"]):
         begin = time.perf_counter()
         step()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    taken = statistics.median(seconds)
+        if number >= row["warmup"]:
+            seconds.append(time.perf_counter() - begin)
+    taken = statistics.median(seconds[1:] or seconds)
+    allocated, reserved = peaks()
     return {
         "first_loss": first,
+        "first_s": seconds[0],
         "step_s": taken,
         "tokens_per_s": tokens / taken,
         "samples_per_s": row["batch"] / taken,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "peak_gib": allocated,
+        "reserved_gib": reserved,
     }
 
 
 # ---- one process a line ----
 
 
-def one(side: str, name: str, line: str, folder: str) -> None:
+def one(side: str, name: str, line: str, folder: str, tiny: bool) -> None:
     import torch
 
-    row = row_of(name)
-    if row.get("cap_gib"):
+    row = row_of(name, tiny)
+    settings = OURS[name][line] if side == "ours" else {}
+    if settings.get("cap_gib") and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(row["cap_gib"] * GIB / total)
-    result = ours(row, OURS[name][line], folder) if side == "ours" else peer(side, row, folder)
+        torch.cuda.set_per_process_memory_fraction(settings["cap_gib"] * GIB / total)
+    result = ours(row, settings, folder) if side == "ours" else peer(side, row, folder)
     print("RESULT " + json.dumps(result), flush=True)
 
 
-def run(side: str, name: str, line: str, folder: str) -> dict[str, Any]:
-    """The line's result, or why there is none."""
-    words = [sys.executable, str(Path(__file__)), "--one", side, name, line, "--folder", folder]
+def child(words: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """A Python process that sees this repository, and no network."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     settings = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    settings |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env={**os.environ, **settings}, timeout=seconds
+    )
+
+
+def run(side: str, name: str, line: str, folder: str, seconds: float, tiny: bool) -> dict[str, Any]:
+    """The line's result, or why there is none."""
+    words = [str(Path(__file__)), "--one", side, name, line, "--folder", folder, *(["--tiny"] if tiny else [])]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **settings}, timeout=300)
+        done = child(words, seconds)
     except subprocess.TimeoutExpired:
-        return {"why": "not done after 300 s"}
+        return {"why": f"not done after {seconds:.0f} s"}
     found = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
     if found:
         return dict(json.loads(found[-1].removeprefix("RESULT ")))
@@ -233,20 +270,30 @@ def run(side: str, name: str, line: str, folder: str) -> dict[str, Any]:
     if "OutOfMemoryError" in text or "CUDA out of memory" in text:
         return {"why": "out of memory"}
     last = [line for line in text.strip().splitlines() if line.strip()]
-    return {"why": " | ".join(last[-3:])[-300:]}
+    print("\n".join(last[-25:]), file=sys.stderr, flush=True)
+    return {"why": " | ".join(last[-2:])[-300:]}
 
 
-def show(name: str, side: str, line: str, found: dict[str, Any]) -> None:
+def show(name: str, side: str, line: str, found: dict[str, Any], spent: float) -> None:
     if "why" in found:
-        print(f"| {name} | {side} {line} | {found['why']} |", flush=True)
+        print(f"| {name} | {side} {line} | {found['why']} | [{spent:.0f} s]", flush=True)
         return
     little = f" ({found['little_gib']:.2f} with 8-bit states)" if "little_gib" in found else ""
     built = f" built in {found['built_s']:.0f} s, {found['built_gib']:.2f} GiB" if "built_s" in found else ""
     print(
         f"| {name} | {side} {line} | {found['tokens_per_s']:,.0f} | {found['samples_per_s']:.2f} | "
-        f"{found['step_s'] * 1000:,.1f} | {found['peak_gib']:.2f}{little} | {found['first_loss']:.4f} |{built}",
+        f"{found['step_s'] * 1000:,.1f} | {found['peak_gib']:.2f}{little} | {found['reserved_gib']:.2f} | "
+        f"{found['first_loss']:.4f} |{built}, first step {found['first_s']:.0f} s [{spent:.0f} s]",
         flush=True,
     )
+
+
+def write_folder(folder: str, keys: dict[str, Any]) -> None:
+    """The random model that peers read, made on the device."""
+    words = f"from benchmarks.peers.hf import *; write_random_model({folder!r}, {keys!r})"
+    done = child(["-c", words], 150)
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -254,27 +301,33 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--sides", default="ours,hf,unsloth")
     parser.add_argument("--folder", default="/tmp/qlora")
+    parser.add_argument("--seconds", type=float, default=570, help="no line begins later")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: small sizes, any device")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "ROW", "LINE"))
     arguments = parser.parse_args()
+    tiny = arguments.tiny
     if arguments.one:
-        one(*arguments.one, arguments.folder)
+        one(*arguments.one, arguments.folder, tiny)
         return
-    print("| row | side | tokens/s | samples/s | ms a step | peak GiB | first loss |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    sides = arguments.sides.split(",")
+    print("| row | side | tokens/s | samples/s | ms a step | peak GiB | reserved GiB | first loss |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    sides, begin = arguments.sides.split(","), time.perf_counter()
     for name in arguments.rows.split(","):
-        row = row_of(name)
-        folder = str(Path(arguments.folder) / ("llama3" if row["keys"] is LLAMA3 else "llama2"))
-        peers = [side for side in sides if side != "ours" and row.get("peers", True) and row.get(side, True)]
-        reads = "ours" in sides and any(settings.get("path") for settings in OURS[name].values())
-        if (peers or reads) and not Path(folder, "config.json").exists():
-            words = f"from benchmarks.peers.hf import *; write_random_model({folder!r}, {row['keys']!r})"
-            path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-            subprocess.run([sys.executable, "-c", words], env={**os.environ, "PYTHONPATH": path}, check=True)
-        for line in OURS[name] if "ours" in sides else ():
-            show(name, "ours", line, run("ours", name, line, folder))
-        for side in peers:
-            show(name, side, "", run(side, name, "-", folder))
+        row = row_of(name, tiny)
+        folder = str(Path(arguments.folder) / ("llama2" if ROWS[name].get("keys") is LLAMA2 else "llama3"))
+        lines = [("ours", line) for line in OURS[name] if "ours" in sides]
+        lines += [(side, "-") for side in sides if side != "ours" and row.get("peers", True) and row.get(side, True)]
+        for side, line in lines:
+            now = time.perf_counter()
+            if now - begin > arguments.seconds:
+                show(name, side, line, {"why": "no time left"}, 0)
+                continue
+            reads = side != "ours" or OURS[name][line].get("path")
+            if reads and not Path(folder, "config.json").exists():
+                write_folder(folder, row["keys"])
+            show(
+                name, side, line, run(side, name, line, folder, SECONDS.get(name, 150), tiny), time.perf_counter() - now
+            )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def write_random_model(folder: str, keys: dict[str, Any]) -> None:
 
     kind = keys["model_type"]
     config = AutoConfig.for_model(kind, **{key: value for key, value in keys.items() if key != "model_type"})
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="4GB")
     load_tokenizer("byte").save(folder)
