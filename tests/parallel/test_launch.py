@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -124,12 +126,50 @@ def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
 
 
-def test_ctrl_c_before_training_is_one_line(tmp_path: Path) -> None:
+def start(tmp_path: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "trainwright", "train", "quickstart", f"output={tmp_path}", "--gpus", "2"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(good: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not good() and time.monotonic() < end:
+        time.sleep(0.1)
+    return good()
+
+
+def running(tmp_path: Path) -> list[str]:
+    """Processes whose command names this folder."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found += [file.parent.name] if str(tmp_path) in file.read_text() else []
+    return found
+
+
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="/proc and the end of orphans are Linux's")
+
+
+@needs_proc
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_ctrl_c_before_training_is_one_line_and_leaves_nobody(tmp_path: Path, seconds: float) -> None:
+    with start(tmp_path) as process:
         assert process.stderr is not None
         assert "2 CPU processes" in process.stderr.readline()
+        time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=300)[1]
     assert process.returncode == 130, said
     assert said.strip() == "trainwright: interrupted"
+    assert wait_until(lambda: not running(tmp_path), 60)
+
+
+@needs_proc
+def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
+    """`kill -9` of the launcher: the ranks save and leave."""
+    with start(tmp_path) as process:
+        metrics = tmp_path / "quickstart" / "metrics.jsonl"
+        assert wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 300)
+        process.kill()
+    assert wait_until(lambda: not running(tmp_path), 120)
+    assert list((tmp_path / "quickstart" / "checkpoints").glob("step-*"))

@@ -67,6 +67,7 @@ def _as_one_of_many(recipe: Recipe, resume: bool, force: bool, ranks: Path) -> N
     from trainwright.train.trainer import train as run
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    watch.leave_with_launcher()
     try:
         run(recipe, resume=resume or None, force=force)
     except Exception as error:

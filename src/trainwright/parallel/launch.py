@@ -70,7 +70,7 @@ def run_processes(count: int, command: Sequence[str] | Callable[[], None], folde
 
     watch.begin(folder)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ[watch.LAUNCHED] = "1"
+    os.environ[watch.LAUNCHED] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with tempfile.TemporaryDirectory(prefix="trainwright-") as logs:
         config = LaunchConfig(
@@ -91,14 +91,23 @@ def run_processes(count: int, command: Sequence[str] | Callable[[], None], folde
             number: signal.signal(number, _forward_to(folder, count)) for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
-            entry, words = (command, ()) if callable(command) else (command[0], command[1:])
+            entry, words = (_forked(command), ()) if callable(command) else (command[0], command[1:])
             elastic_launch(config, entrypoint=entry)(*words)
         except ChildFailedError as error:
             return _explain(folder, {rank: failure.exitcode for rank, failure in error.failures.items()}, Path(logs))
         finally:
             for number, handler in forward.items():
                 signal.signal(number, handler)
+            del os.environ[watch.LAUNCHED]
     return 0
+
+
+def _forked(work: Callable[[], None]) -> Callable[[], None]:
+    def entry() -> None:
+        watch.leave_with_launcher()
+        work()
+
+    return entry
 
 
 def _forward_to(folder: Path, count: int) -> Callable[[int, FrameType | None], None]:

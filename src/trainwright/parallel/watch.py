@@ -9,8 +9,10 @@ Owns these files, the thread that writes them, and the judgement of who hangs. S
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,10 +28,23 @@ import torch
 from trainwright.errors import UserError
 from trainwright.parallel.mesh import World
 
-LAUNCHED = "TRAINWRIGHT_LAUNCHED"  # set by our launcher, which prints the verdict itself
+LAUNCHED = "TRAINWRIGHT_LAUNCHED"  # the process number of our launcher, which prints the verdict itself
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 EXIT_USER, EXIT_FAILED, EXIT_HANG = 2, 1, 75
 OURS = {"_gathered": "all_gather", "_scattered": "reduce_scatter", "_summed": "all_reduce"}  # collectives.py
 PEER = ("connection closed by peer", "connection reset", "broken pipe", "remote process", "socket", "store")
+
+
+def leave_with_launcher() -> None:
+    """From now on this process gets SIGTERM when its launcher is gone, so that none is left behind on a GPU.
+
+    On Linux; does nothing where no launcher of ours started this process.
+    """
+    launcher = int(os.environ.get(LAUNCHED, 0))
+    if launcher and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it went before it could be watched
+            sys.exit(EXIT_FAILED)
 
 
 @dataclass
