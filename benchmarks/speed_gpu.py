@@ -1,0 +1,344 @@
+"""Training speed on the GPUs of one machine beside torchtitan's on the same GPUs, minutes apart: one table.
+
+    python benchmarks/speed_gpu.py --rows bf16,fp8,tp [--sides ours,titan] [--gpus 4] [--folder /tmp/speed]
+    python benchmarks/speed_gpu.py --rows bf16,tp,pp --small --gpus 2        the same program on CPU processes, tiny
+
+Random weights, random tokens, rows of one document. Each line is a job of its own with a time limit, `torchrun`'s for
+both sides: tokens a second and GPU over the measured steps, the ratio to the peer's best line of the row, MFU (causal
+FLOPs over the card's dense bf16 peak, also for fp8), seconds of a step, peak allocated memory, and the seconds from
+the start of Python to the end of the first step. Compiled programs are kept between the lines. `--layers` shrinks the
+models. torchtitan 0.2.2 must be where Python finds it, with torchdata, tyro, docstring_parser, typeguard, and torchao
+for fp8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PEAK = 989.5e12  # H100 and H200, dense bf16
+COLUMNS = ("row", "who", "tok/s/GPU", "ratio", "MFU", "step s", "GiB", "first s")
+WIDTHS = (9, 44, 10, 7, 7, 9, 7, 8)
+HERE = Path(__file__).resolve().parent
+LLAMA3, LLAMA2, MOE = "meta-llama/Meta-Llama-3-8B", "meta-llama/Llama-2-7b", "Qwen/Qwen3-30B-A3B"
+SMALL: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 320, "max_position_embeddings": 4096,
+}  # fmt: skip
+TITAN_MEMORY = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"}
+TITAN_NONE = {"activation_checkpoint.mode": "none"}
+TITAN_FP8 = {
+    "model.converters": ["quantize.linear.float8"],
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": True,
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": True,
+    "quantize.linear.float8.filter_fqns": ["output"],
+}
+LEAN = "train.optimizer=adamw8bit train.master_weights=false"
+TP2 = {"parallelism.tensor_parallel_degree": 2, "training.local_batch_size": 2}
+PP2 = {
+    "parallelism.pipeline_parallel_degree": 2, "training.local_batch_size": 8, **TITAN_NONE,
+    "parallelism.pipeline_parallel_microbatch_size": 1,
+}  # fmt: skip
+CP4 = {"parallelism.context_parallel_degree": 4, "activation_checkpoint.mode": "full"}
+EP4 = {"parallelism.expert_parallel_degree": 4, "training.local_batch_size": 2, **TITAN_NONE}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of the table runs: words of a recipe by the name of the line, torchtitan's settings likewise.
+
+    steps: (not measured, measured). limit: seconds of one line at most.
+    """
+
+    ours: dict[str, str]
+    titan: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: str = LLAMA3
+    seq_len: int = 8192
+    steps: tuple[int, int] = (6, 8)
+    limit: int = 240
+    gpus: int | None = None  # else as asked
+    layers: int | None = None
+    peer: tuple[str, str] = ("llama3", "8B")
+
+
+def micro(size: int, rows: int | None = None) -> str:
+    """Words: rows in a micro batch, and micro batches in a step (1)."""
+    return f"train.micro_batch_size={size} train.gradient_accumulation_steps={rows or 1}"
+
+
+# Seconds in the comments: the whole row on four H200, both sides, compiled for the first time.
+ROWS: dict[str, Row] = {
+    # 200
+    "bf16": Row(
+        {"ZeRO-3, 2 rows": micro(2), "ZeRO-3, 1 row": micro(1)},
+        {"FSDP, 1 row, no recompute": {"training.local_batch_size": 1, **TITAN_NONE}},
+    ),
+    # 230
+    "fp8": Row(
+        {
+            "ZeRO-3, tensorwise, 2 rows": f"train.float8=tensorwise {micro(2)}",
+            "ZeRO-3, rowwise, 2 rows": f"train.float8=rowwise {micro(2)}",
+        },
+        {"FSDP, tensorwise, fp8 gather, 2 rows": {"training.local_batch_size": 2, **TITAN_MEMORY, **TITAN_FP8}},
+    ),
+    # 200
+    "tp": Row(
+        {
+            "TP2 x ZeRO-3, 2 rows": f"parallel.tp=2 {micro(2)}",
+            "TP2 x ZeRO-3, 2 rows, async": f"parallel.tp=2 parallel.async_tp=true {micro(2)}",
+        },
+        {"TP2 x FSDP, 2 rows": {**TP2, **TITAN_NONE}},
+    ),
+    # 220
+    "pp": Row(
+        {
+            "PP2 x ZeRO-3 1F1B, 8 micro batches": f"parallel.pp=2 {micro(1, 8)}",
+            "PP2 x ZeRO-3 zbv, 8 micro batches": f"parallel.pp=2 parallel.pp_schedule=zbv {micro(1, 8)}",
+        },
+        {"PP2 x FSDP 1F1B, 8 micro batches": PP2},
+        steps=(3, 4),
+    ),
+    # 270
+    "128k": Row(
+        {"CP4 Ulysses, full recompute": f"parallel.cp=4 parallel.recompute=full {micro(1)}"},
+        {"CP4, full recompute": CP4},
+        seq_len=131072,
+        steps=(2, 3),
+        limit=300,
+    ),
+    # 400: one step that counts
+    "512k": Row(
+        {"CP4, tiles, offload": "parallel.cp=4 parallel.recompute=full parallel.offload=activations "
+         f"parallel.mlp_tokens=16384 {micro(1)}"},
+        seq_len=524288,
+        steps=(1, 1),
+        limit=560,
+    ),
+    # does not end within a call of ten minutes with all layers: --layers 8 shows speed and what a layer keeps
+    "1M": Row(
+        {"CP4, tiles, offload": "parallel.cp=4 parallel.recompute=full parallel.offload=all "
+         f"parallel.mlp_tokens=16384 {micro(1)}"},
+        seq_len=1048576,
+        steps=(1, 1),
+        limit=560,
+        layers=8,
+    ),
+    # 80
+    "1gpu": Row(
+        {
+            "8 bit AdamW, selective": f"{LEAN} parallel.recompute=selective parallel.recompute_memory=12 {micro(1)}",
+            "8 bit AdamW, full recompute": f"{LEAN} parallel.recompute=full {micro(1)}",
+        },
+        gpus=1,
+    ),
+    # 70
+    "llama2": Row({"TP2 x ZeRO-2": f"parallel.tp=2 parallel.zero=2 {micro(4)}"}, model=LLAMA2, seq_len=4096),
+    # 150
+    "moe": Row(
+        {"EP4 x ZeRO-3, 2 rows": f"parallel.ep=4 {micro(2)}"},
+        {"EP4 x FSDP, 2 rows": EP4},
+        model=MOE,
+        seq_len=4096,
+        layers=8,
+        peer=("qwen3", "30B-A3B"),
+    ),
+}  # fmt: skip
+
+
+def ours(row: Row, words: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What our worker reads: a whole recipe."""
+    from trainwright.bench.made import made
+    from trainwright.recipe.load import load_recipe
+
+    seq_len = 128 if options.small else row.seq_len
+    layers = options.layers or row.layers
+    overrides = {"max_position_embeddings": max(seq_len, 8192)}
+    values: dict[str, Any] = {
+        "name": "run",
+        "task": "pretrain",
+        "output": str(options.folder / "runs"),
+        "model": {
+            "config": SMALL if options.small else row.model,
+            "tokenizer": "byte",
+            "overrides": overrides | ({"num_hidden_layers": layers} if layers and not options.small else {}),
+        },
+        "data": {"path": "shipped:arithmetic", "seq_len": seq_len, "cache": str(options.folder / "cache")},
+        "train": {
+            "steps": sum(steps_of(row, options)), "schedule": "constant", "warmup": 0, "learning_rate": 1e-5,
+            "compile": not options.small,
+        },
+        "tracking": {"tensorboard": False},
+    }  # fmt: skip
+    recipe = made(load_recipe(values, words.split()), rows=64)
+    return {"recipe": recipe.model_dump(mode="json"), "warm": steps_of(row, options)[0]}
+
+
+def titan(row: Row, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What `peers/titan.py` reads."""
+    warm, measured = steps_of(row, options)
+    layers = 4 if options.small else options.layers or row.layers
+    model, flavor = row.peer
+    settings = {
+        "training.seq_len": 128 if options.small else row.seq_len,
+        "compile.enable": not options.small,
+        "training.local_batch_size": 1,
+        **settings,
+    }
+    return {
+        "model": model,
+        "flavor": ("debugmodel_moe" if model == "qwen3" else "debugmodel") if options.small else flavor,
+        "arguments": {"n_layers": layers} if layers else {},
+        "settings": settings,
+        "warm": warm,
+        "steps": warm + measured,
+    }
+
+
+def steps_of(row: Row, options: argparse.Namespace) -> tuple[int, int]:
+    return (2, 2) if options.small else row.steps
+
+
+def work(run: dict[str, Any], out: Path) -> None:
+    """One rank of one of our lines: the trainer's own steps, without checkpoint and export."""
+    from itertools import islice
+
+    from trainwright.device import peak_memory_gib
+    from trainwright.recipe.load import load_recipe
+    from trainwright.train.metrics import read_lines
+    from trainwright.train.trainer import Trainer
+
+    began = time.perf_counter()
+    trainer = Trainer(load_recipe(run["recipe"]), force=True)
+    trainer.clock = time.perf_counter()
+    first = 0.0
+    try:
+        while trainer.step < trainer.total_steps:
+            trainer._one_step(list(islice(trainer.loader, trainer.loader.accumulation)), False)
+            first = first or time.perf_counter() - began
+        peaks = trainer.world.gather(peak_memory_gib(trainer.world.device))
+    finally:
+        trainer.close()
+    if not trainer.world.is_main:
+        return
+    recipe, config = trainer.recipe, trainer.sources.config
+    lines = read_lines(trainer.folder.metrics)[run["warm"] :]
+    seconds = sum(line["step_seconds"] for line in lines) / len(lines)
+    rate = trainer.loader.rows_per_step * recipe.data.seq_len / seconds / trainer.world.size
+    found = {
+        "tokens_per_second_per_gpu": rate,
+        "step_seconds": seconds,
+        "peak_memory_gib": max(allocated or 0 for allocated, _ in peaks),
+        "reserved_memory_gib": max(reserved or 0 for _, reserved in peaks),
+        "first_step_seconds": first,
+        "losses": [line["loss"] for line in read_lines(trainer.folder.metrics)],
+        "causal_flops_per_token": config.flops_per_token(recipe.data.seq_len, "causal"),
+    }
+    out.write_text(json.dumps(found))
+
+
+def lines(options: argparse.Namespace) -> Iterator[tuple[str, str, str, list[str], dict[str, Any], Row]]:
+    """(row, side, name of the line, program, what it reads, the row)."""
+    for name in options.rows.split(","):
+        row = ROWS[name]
+        for who, settings in row.titan.items() if "titan" in options.sides else ():
+            yield name, "titan", who, [str(HERE / "peers" / "titan.py")], titan(row, settings, options), row
+        for who, words in row.ours.items() if "ours" in options.sides else ():
+            if not options.only or options.only in who:
+                yield name, "ours", who, [__file__, "--worker"], ours(row, words, options), row
+
+
+def measure(
+    program: list[str], run: dict[str, Any], row: Row, options: argparse.Namespace, log: Path
+) -> dict[str, Any]:
+    """Runs one line's processes; {"error": ...} where they did not end well or in time."""
+    given, out = options.folder / "run.json", options.folder / "out.json"
+    given.write_text(json.dumps(run))
+    out.unlink(missing_ok=True)
+    subprocess.run(["rm", "-rf", str(options.folder / "runs")], check=True)
+    ranks = row.gpus or options.gpus
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    cache = str(options.folder / "compiled")
+    environment = {
+        **os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton", "OMP_NUM_THREADS": "4",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }  # fmt: skip
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            [*start, *program, str(given), str(out)],
+            stdout=written, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
+        )  # fmt: skip
+        try:
+            process.wait(row.limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            return {"error": f"not done in {row.limit} s"}
+    if out.exists():
+        return dict(json.loads(out.read_text()))
+    text = log.read_text().splitlines()
+    said = [line for line in text if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+    return {"error": next((line for line in said if "ChildFailed" not in line), (text or ["?"])[-1])[:150]}
+
+
+def text_of(values: tuple[Any, ...]) -> str:
+    return " ".join(f"{value!s:<{w}}" if w > 8 else f"{value!s:>{w}}" for value, w in zip(values, WIDTHS, strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="bf16,fp8,tp", help=", ".join(ROWS))
+    parser.add_argument("--sides", default="titan,ours")
+    parser.add_argument("--only", default="", help="of ours, the lines whose name has this")
+    parser.add_argument("--gpus", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/trainwright-speed"))
+    parser.add_argument("--out", type=Path, default=None, help="all figures and losses, as JSON")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(json.loads(options.worker[0].read_text()), options.worker[1])
+        return 0
+    options.folder.mkdir(parents=True, exist_ok=True)
+    print(text_of(COLUMNS), flush=True)
+    best: dict[str, float] = {}
+    flops: dict[str, float] = {}
+    every: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    for number, (name, side, who, program, run, row) in enumerate(lines(options)):
+        log = options.folder / f"line-{number}.log"
+        found = measure(program, run, row, options, log)
+        every.append({"row": name, "side": side, "who": who, "gpus": row.gpus or options.gpus, **found})
+        if options.out:
+            options.out.write_text(json.dumps(every, indent=1))
+        if "error" in found:
+            print(f"{name:<9} {side + ' ' + who:<44} {found['error']}  ({log})", flush=True)
+            continue
+        rate = found["tokens_per_second_per_gpu"]
+        if side == "titan":
+            best[name] = max(rate, best.get(name, 0.0))
+        flops[name] = found.get("causal_flops_per_token", flops.get(name, 0.0))
+        ratio = f"{rate / best[name]:.3f}" if name in best else ""
+        used = f"{rate * flops[name] / PEAK:.1%}" if flops[name] else ""
+        shown = (f"{rate:,.0f}", ratio, used, f"{found['step_seconds']:.3f}", f"{found['peak_memory_gib']:.1f}")
+        print(text_of((name, f"{side} {who}", *shown, f"{found['first_step_seconds']:.0f}")), flush=True)
+    print(f"{time.perf_counter() - began:.0f} s in all", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
