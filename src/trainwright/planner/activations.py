@@ -7,13 +7,14 @@ autograd really keeps. Which of them recomputation drops is counted here too; wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from trainwright.adapt.lora import Lora
 from trainwright.model.config import AttentionConfig, BlockConfig, LinearConfig, MlpConfig, MoeConfig, NormConfig
 from trainwright.parallel.split import kv_copies
 from trainwright.planner.job import Job
-from trainwright.planner.states import whole_elements
+from trainwright.planner.states import local_shape, whole_elements
 
 
 @dataclass
@@ -71,9 +72,26 @@ def layer_activations(job: Job, layer: int) -> LayerActivations:
     mlp_work = _mlp(job, block, f"{path}.mlp", found)
     mlp = found.total - before - attention
     # When attention runs backward, what the MLP kept is gone.
-    found.work = stream * job.program.stream_work + max(attention_work - mlp, mlp_work)
-    found.forward_work = before - found.entry + max(attention, mlp)
+    unpacked = _unpacked(job, layer)
+    found.work = stream * job.program.stream_work + max(attention_work - mlp, mlp_work) + unpacked
+    found.forward_work = before - found.entry + max(attention, mlp) + unpacked
     return found
+
+
+def _unpacked(job: Job, layer: int) -> int:
+    """A quantized weight in full width while it is multiplied (fp8: turned, in its own width); where lengths of rows
+    are trained, a float32 weight twice while they are taken."""
+    items = job.by_layer.get(layer, ())
+    sizes = [
+        math.prod(local_shape(job, item)) * (1 if item.quantization.kind == "fp8" else job.program.quantized_work)
+        for item in items
+        if item.quantization is not None
+    ]
+    if any(item.name.endswith(".magnitude") for item in items):
+        adapted = {item.name.removesuffix(".lora_a") for item in items if item.name.endswith(".lora_a")}
+        weights = [item for item in items if item.name.removesuffix(".weight") in adapted]
+        sizes += [8 * math.prod(local_shape(job, item)) for item in weights]
+    return max(sizes, default=0)
 
 
 def _statistics(job: Job, norm: NormConfig) -> int:
@@ -104,8 +122,9 @@ def _attention(job: Job, block: BlockConfig, path: str, found: LayerActivations)
         found.add("attention", (queries + keys) * program.compute + job.tokens * (heads + kv_heads) * 4)
     scores = _scores(job, part, heads)
     found.add("scores", scores * program.scores)
-    for linear in (*projections.values(), part.o_proj):
+    for linear in projections.values():
         _adapter(job, linear, job.tokens, found)
+    _adapter(job, part.o_proj, job.tokens, found, cut_input=True)
     found.results += (2 * queries + 2 * keys + job.tokens * part.o_proj.out_features) * program.compute
     found.results += job.tokens * heads * 4
     # Gradients of queries, keys, values and of the result; kernels sum those of the queries in float32.
@@ -127,15 +146,17 @@ def _mlp(job: Job, block: BlockConfig, path: str, found: LayerActivations) -> in
     inner = job.tokens * -(-part.intermediate_size // job.layout.tp)
     entering = {name: linear for name in ("gate_proj", "up_proj") if (linear := getattr(part, name))}
     if any(_reads(job, linear, f"{path}.{name}") for name, linear in entering.items()):
-        found.add("norm", hidden * job.program.normed_inner)
+        copies = len(entering) if job.program.mixed else job.program.normed_inner  # in 8 bits, one for each reader
+        found.add("norm", hidden * min(copies, job.program.normed_inner))
     tile = job.recipe.parallel.mlp_tokens
     if tile is not None and tile < job.tokens:  # pieces keep their input and run one after another
         wide = inner * tile // job.tokens * (_inner(job, part) + job.program.inner_work)
         return wide + hidden * job.program.compute
     unread = 0 if _reads(job, part.down_proj, f"{path}.down_proj") else job.program.compute
     found.add("mlp", inner * (_inner(job, part) - unread))
-    for linear in (*entering.values(), part.down_proj):
+    for linear in entering.values():
         _adapter(job, linear, job.tokens, found)
+    _adapter(job, part.down_proj, job.tokens, found, cut_input=True)
     found.results += (len(entering) * inner + job.tokens * part.down_proj.out_features) * job.program.compute
     return inner * job.program.inner_work
 
@@ -154,26 +175,54 @@ def _experts(job: Job, part: MoeConfig, path: str, found: LayerActivations) -> i
     hidden = part.gate.in_features
     inner = rows * -(-part.experts.intermediate_size // job.layout.tp)
     compute = job.program.compute
-    found.add("norm", job.tokens * hidden * job.program.normed)  # read by the router and by the sort
+    if _reads(job, part.gate, f"{path}.gate") or any(
+        _reads(job, linear, f"{path}.experts.{name}")
+        for name in ("gate_proj", "up_proj")
+        if (linear := getattr(part.experts, name)) and linear.adapter is None
+    ):
+        found.add("norm", job.tokens * hidden * job.program.normed)
     # Probabilities, their sum and the pad mask; of each row its expert, its token, its place and its weight twice.
     found.add("router", job.tokens * (part.experts.num_experts * 4 + 8) + rows * (3 * 8 + 4 + compute))
     # Rows as the experts read them, as they come out, and weighed.
     found.add("experts", 3 * rows * hidden * compute + inner * _inner(job, part.experts))
+    linears = [part.experts.gate_proj, part.experts.up_proj, part.experts.down_proj]
+    count = -(-part.experts.num_experts // job.layout.ep)
+    for linear in linears:
+        if linear is not None:
+            _adapter(job, linear, rows, found, cut_input=linear is linears[2], stack=count)
+    if any(linear is not None and linear.quantization is not None for linear in linears):
+        found.add("router", 8 * part.experts.num_experts)
     matrices = 2 if part.experts.gate_proj else 1
     found.results += (matrices * inner + rows * hidden) * compute
     # When the activation runs backward, both forms of the rows that came out are gone, and their gradient is there.
     return inner * job.program.inner_work - rows * hidden * compute
 
 
-def _adapter(job: Job, linear: LinearConfig, tokens: int, found: LayerActivations) -> None:
-    """A low-rank adapter keeps the product of its first matrix; with dropout, what it let through too."""
-    if not isinstance(linear.adapter, Lora):
+def _adapter(
+    job: Job, linear: LinearConfig, tokens: int, found: LayerActivations, *, cut_input: bool = False, stack: int = 0
+) -> None:
+    """What a low-rank adapter keeps: the product of its first matrix; with dropout, what it let through and its mask;
+    with trained lengths, the result that they scale. stack: so many experts, whose adapters are not one operation.
+    """
+    lora, compute = linear.adapter, job.program.compute
+    if not isinstance(lora, Lora):
         return
-    found.add("adapters", tokens * linear.adapter.rank * job.program.compute)
-    if linear.adapter.dropout:
-        found.add("adapters", tokens * linear.in_features * (job.program.compute + 1))
+    tp = job.layout.tp
+    ins, outs = (linear.in_features / tp, linear.out_features) if cut_input else (
+        linear.in_features, linear.out_features / tp)  # fmt: skip
+    found.add("adapters", tokens * lora.rank * compute)
+    if lora.dropout or lora.dora or stack:  # written out: both matrices wait in the compute type
+        found.add("adapters", max(1, stack) * lora.rank * (ins + outs) * (compute if compute != 4 else 0))
+    if lora.dropout:
+        mask = compute if job.cluster.card.name == "CPU" else 1
+        found.add("adapters", tokens * ins * (compute + mask))
+    if lora.dora:
+        found.add("adapters", tokens * outs * compute + outs * (4 + compute))
 
 
 def _reads(job: Job, linear: LinearConfig, path: str) -> bool:
     """Whether a layer's input is needed backward: for a trained weight, or for an adapter beside a frozen one."""
-    return linear.adapter is not None or job.is_trained(f"{path}.weight")
+    lora = linear.adapter
+    if isinstance(lora, Lora) and lora.dropout:  # the adapter keeps what its dropout let through instead
+        return False
+    return lora is not None or job.is_trained(f"{path}.weight")

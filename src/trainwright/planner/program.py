@@ -89,7 +89,7 @@ class Program:
     scores_work: int = 0
     """Scores and their gradients while one layer's attention runs backward; 0 for flash."""
     quantized_work: int = 2
-    """A quantized weight while it is multiplied, unpacked, an element of the largest matrix."""
+    """A quantized weight while it is multiplied, unpacked, an element of a layer's largest matrix."""
     logits: float = 10
     """A logit at the peak of the loss."""
     loss_chunk: int = 0
@@ -186,6 +186,7 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         inner=2 * compute + (1 if narrow else compute),
         plain_inner=compute + (1 if narrow else compute),
         inner_work=2 * compute,
+        quantized_work=compute,
         stream_work=compute,
         # One chunk in float32 twice, and its gradient in the compute type. The head's gradient in float32, and the
         # product that is added to it (on a CPU first in the compute type); in float32 it is added in place.
