@@ -137,6 +137,32 @@ def test_generate_text(tiny):
     assert generate_text(tiny, ["a"], system="x", sampling=sampling) != generate_text(tiny, ["a"], raw=True)
 
 
+def test_an_adapter_speaks_with_its_base(tiny, tmp_path):
+    from trainwright.adapt.merge import merge_adapter
+    from trainwright.adapt.peft import adapters_of, save_adapter
+    from trainwright.adapt.rewrite import adapted_config
+    from trainwright.model.checkpoint import load_weights
+    from trainwright.recipe.model import AdapterRecipe
+
+    model = Transformer(adapted_config(load_config(tiny), AdapterRecipe(rank=4)))
+    load_weights(model, tiny)
+    generator = torch.Generator().manual_seed(0)
+    for module in adapters_of(model).values():
+        for part in (module.lora_a, module.lora_b):
+            torch.nn.init.normal_(part, std=0.3, generator=generator)
+    run = tmp_path / "run"
+    save_adapter(model, run / "adapter", base=str(tiny))
+    merge_adapter(run / "adapter", tmp_path / "merged")
+    load_tokenizer("byte").save(tmp_path / "merged")
+    sampling = Sampling(max_new_tokens=12)
+    spoken = generate_text(run, ["a"], sampling=sampling)
+    assert spoken == generate_text(run / "adapter", ["a"], sampling=sampling)
+    assert spoken == generate_text(tmp_path / "merged", ["a"], sampling=sampling)
+    assert spoken != generate_text(tiny, ["a"], sampling=sampling)
+    with pytest.raises(UserError, match="no-such-base"):
+        Speaker.load(run, base=str(tmp_path / "no-such-base"))
+
+
 def test_context_and_options_have_limits(tiny):
     speaker = Speaker.load(tiny)
     with pytest.raises(UserError, match=r"the prompt has 100 tokens, the model takes 1 to 63: shorten it"):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from trainwright.adapt.files import CONFIG
+from trainwright.adapt.merge import find_base, load_adapted
 from trainwright.data.template import Template, load_template
 from trainwright.data.template_jinja import Message
 from trainwright.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,6 +48,12 @@ class Sampling:
             )
 
 
+def find_adapter(path: str | Path) -> Path | None:
+    """The adapter folder that `path` is, or that a run in `path` made; None where it is another thing."""
+    options = (Path(path) / "adapter", Path(path))
+    return next((folder for folder in options if (folder / CONFIG).is_file()), None)
+
+
 class Speaker:
     """A model that continues text. `template` is None for models without a chat template."""
 
@@ -57,24 +65,39 @@ class Speaker:
         self.stop_ids = list(dict.fromkeys(ends))
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype | None = None, template: str | None = None) -> Speaker:
-        """From a model folder, a run's folder, or a hub id.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        template: str | None = None,
+        base: str | None = None,
+    ) -> Speaker:
+        """From a model folder, an adapter folder (PEFT's format), a run's folder, or a hub id.
 
         Args:
             dtype: None keeps the file's, and takes float32 on a CPU, where half precision is slower.
             template: a chat template in place of the model's own.
+            base: what an adapter belongs to; None: the model that it names.
 
         Raises:
             UserError: there is no model, or its parts do not fit.
         """
-        inner = Path(path) / "model"
-        where = inner if (inner / "config.json").exists() else model_folder.resolve(path)
         device = default_device()
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
-        tokenizer = load_tokenizer(where)
+        adapter = find_adapter(path)
+        if adapter is not None:
+            words = find_base(adapter, base)
+            model = load_adapted(adapter, base=base, dtype=dtype, device=device)
+            words = adapter if (adapter / "tokenizer_config.json").is_file() else words  # what it was trained with
+        else:
+            inner = Path(path) / "model"
+            words = inner if (inner / "config.json").exists() else model_folder.resolve(path)
+            model = load_model(words, dtype=dtype, device=device)
+        tokenizer = load_tokenizer(words)
         chosen = load_template(template, tokenizer) if template or tokenizer.chat_template else None
-        return cls(load_model(where, dtype=dtype, device=device), tokenizer, chosen)
+        return cls(model, tokenizer, chosen)
 
     def prompt(self, asked: str | Sequence[Message]) -> list[int]:
         """Ids that ask: of a conversation by the chat template, of plain text as it stands."""
@@ -150,7 +173,7 @@ def generate_text(
     """What a model says to each of `prompts`.
 
     Args:
-        model_dir: a model folder, or a run's folder.
+        model_dir: a model folder, an adapter folder, or a run's folder.
         system: a system message for every question.
         raw: continue the prompts as plain text; default: only where the model has no chat template.
     """

@@ -11,13 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from tests.train.small import CONFIG, small_recipe
 from trainwright.bench import prove
 from trainwright.bench.prove import Proof, RunFailed, processes_needed, with_layers
 from trainwright.bench.whole_rows import documents
 from trainwright.data.loader import Batch
+from trainwright.data.tokenizer import load_tokenizer
 from trainwright.errors import UserError
+from trainwright.model.checkpoint import load_config, save_model
+from trainwright.model.transformer import Transformer
 from trainwright.recipe.load import load_recipe
+from trainwright.train.metrics import read_lines
+from trainwright.train.trainer import train
 
 SMALL = ["train.micro_batch_size=2", "train.global_batch_size=8", "data.path=shipped:arithmetic?rows=200"]
 
@@ -43,6 +50,30 @@ def test_a_layout_is_proved(tmp_path):
     assert layers == 2
 
 
+def test_adapters_beside_four_bits_are_loaded_and_compared(tmp_path):
+    """Adapter and base say what the plain run said of the next rows, packed and document by document."""
+    base = Transformer(load_config({**CONFIG, "vocab_size": 320})).init_weights(0)
+    save_model(base, tmp_path / "base")
+    load_tokenizer("byte").save(tmp_path / "base")
+    recipe = small_recipe(
+        tmp_path,
+        "quantize=nf4",
+        model={"path": str(tmp_path / "base"), "config": None, "tokenizer": None},
+        adapter={"rank": 4, "dropout": 0.2},
+    )
+    proof = Proof(recipe, 2, tmp_path / "runs", steps=2, precision="fp32")
+    for name, steps in (("layout", 2), ("plain", 3)):
+        change = {"name": name, "train": {"steps": steps}}
+        result = train(load_recipe(prove.merged(proof.recipe.model_dump(mode="json"), change)))
+    reference = {line["step"]: line for line in read_lines(result.folder / "metrics.jsonl")}
+    checks = list(proof._model_checks(reference))
+    assert [check.name for check in checks] == ["export: loss", "packing: loss"]
+    assert all(check.holds and check.difference is not None for check in checks), checks
+    adapter = tmp_path / "runs" / "layout" / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * 1.2 for name, tensor in load_file(adapter).items()}, adapter)
+    assert not next(iter(proof._model_checks(reference))).holds
+
+
 class Canned(Proof):
     """Runs that were never made: `wrong` says by how much each run's figures are off."""
 
@@ -50,6 +81,9 @@ class Canned(Proof):
         recipe = load_recipe("quickstart", ["parallel.pp=2", *SMALL])
         super().__init__(recipe, 2, folder, steps=4, precision="fp32")
         self.wrong = wrong
+
+    def _model_checks(self, reference: Any) -> Any:
+        return iter(())
 
     def _train(self, name: str, change: Any, count: int, *, resume: bool = False) -> Any:
         off = self.wrong.get(name, 0.0)

@@ -64,13 +64,14 @@ def load_adapted(
     *,
     base: str | None = None,
     quantize: Quantization | None = None,
+    tables: Quantization | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     family: str | None = None,
 ) -> Transformer:
     """The base with live adapters, in evaluation mode. dtype None keeps the base's; adapters are float32."""
     folder = find_base(Path(adapter), base)
-    config = adapted_config(load_config(folder, family), AdapterRecipe(path=str(adapter)), quantize)
+    config = adapted_config(load_config(folder, family), AdapterRecipe(path=str(adapter)), quantize, tables)
     model = materialize(config, dtype=dtype or stored_dtype(folder), device=device)
     load_weights(model, folder)
     load_adapter(model, adapter)

@@ -7,7 +7,7 @@ No gradient of W or b exists.
 Forward and backward are custom operations, opaque to torch.compile: seen through, W in full width would be an
 intermediate result like any other, and the compiler would keep it from the forward for the backward pass. Their
 gradients are registered with them, not written as an autograd.Function: what stands inside such a function is not
-computed again under torch.compile (2.11, 2.13), whatever the layer's recomputation says.
+computed again under torch.compile of 2.11, whatever the layer's recomputation says.
 """
 
 # No `from __future__ import annotations`: torch reads the operations' schemas from these annotations.

@@ -9,7 +9,7 @@ its learning rate; all take the same rows in the same order:
     packing        packed rows against each document on its own         loss of the trained model
     resume         the layout again, from its checkpoint halfway        bit for bit
     resume, plain  one process, from the layout's checkpoint halfway    losses
-    export         the layout's model folder, loaded                    loss of the next rows, as the plain run saw it
+    export         the layout's model or adapter folder, loaded         loss of the next rows, as the plain run saw it
 
 Owns these runs, the bounds and the verdicts. What a layout does wrong when a check fails, the figures say and no more.
 """
@@ -161,25 +161,30 @@ class Proof:
             shutil.rmtree(target / made, ignore_errors=True)
 
     def _model_checks(self, reference: Mapping[int, Mapping[str, Any]]) -> Iterator[Check]:
-        """The layout's model folder, loaded into this process."""
-        folder = self.folder / "layout" / "model"
-        if not folder.is_dir():
-            yield Check("export", "an adapter was trained: its base is the recipe's own")
+        """The layout's model or adapter folder, loaded into this process."""
+        run = self.folder / "layout"
+        folder = next((run / name for name in ("model", "adapter") if (run / name).is_dir()), None)
+        if folder is None:
+            yield Check("export", "the layout's run wrote no model", math.inf)
             return
-        from trainwright.bench.whole_rows import loss_of_batches, loss_of_documents, next_batches
+        if folder.name == "adapter" and self.recipe.model.path is None:
+            yield Check("export", "an adapter beside random weights: no folder has its base")
+            return
+        from trainwright.bench.whole_rows import alone, load, mean_loss, next_batches
         from trainwright.parallel.apply import DTYPES
 
         dtype = DTYPES[self.recipe.train.precision]
         batches = next_batches(self.recipe, self.micro_batch, self.rows, after=self.steps)
-        loss = loss_of_batches(folder, batches, dtype)
-        what = f"the exported model's loss on the rows of step {self.steps + 1}"
+        model = load(folder, self.recipe, dtype)
+        loss = mean_loss(model, batches)
+        what = f"the exported {folder.name}'s loss on the rows of step {self.steps + 1}"
         yield Check("export: loss", what, _apart(loss, reference[self.steps + 1]["loss"]), self.bounds.loss)
-        alone = loss_of_documents(folder, batches, dtype)
-        if alone is None:
+        apart = alone(batches)
+        if apart is None:
             yield Check("packing", "every row is one document")
         else:
             what = "packed rows against each document on its own"
-            yield Check("packing: loss", what, _apart(loss, alone), self.bounds.loss)
+            yield Check("packing: loss", what, _apart(loss, mean_loss(model, apart)), self.bounds.loss)
 
     # ---- runs ----
 
@@ -248,8 +253,11 @@ def merged(values: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def short(recipe: Recipe, folder: Path, *, steps: int, rows: int, precision: str) -> Recipe:
-    """The recipe for a proof: `steps` of `rows`, a constant rate, no questions, everything under `folder`."""
-    change = {
+    """The recipe for a proof: `steps` of `rows`, a constant rate, no questions, everything under `folder`.
+
+    Without dropout on adapters, whose random numbers no two layouts share.
+    """
+    change: dict[str, Any] = {
         "output": str(folder),
         "train": {
             "steps": steps, "epochs": None, "tokens": None, "global_batch_size": rows,
@@ -260,6 +268,8 @@ def short(recipe: Recipe, folder: Path, *, steps: int, rows: int, precision: str
         "checkpoint": {"every": 0, "keep_every": 0},
         "tracking": {"tensorboard": False, "tracker": None, "log_every": 1},
     }  # fmt: skip
+    if recipe.adapter is not None:
+        change["adapter"] = {"dropout": 0.0}
     return load_recipe(merged(recipe.model_dump(mode="json"), change))
 
 

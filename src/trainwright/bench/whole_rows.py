@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from trainwright.adapt.files import CONFIG
+from trainwright.adapt.merge import load_adapted
 from trainwright.data.loader import Batch, Loader
 from trainwright.data.prepare import prepare
 from trainwright.device import default_device
@@ -39,17 +41,10 @@ def next_batches(recipe: Recipe, micro_batch_size: int, rows: int, *, after: int
         loader.close()
 
 
-def loss_of_batches(folder: Path, batches: Sequence[Batch], dtype: torch.dtype) -> float:
-    """Mean loss over the supervised tokens, the forward pass being that of training."""
-    return _mean_loss(_load(folder, dtype), batches)
-
-
-def loss_of_documents(folder: Path, batches: Sequence[Batch], dtype: torch.dtype) -> float | None:
-    """The same with every document in a row of its own; None where every row is one document already."""
-    alone = [document for batch in batches for document in documents(batch)]
-    if len(alone) == sum(batch.input_ids.shape[0] for batch in batches):
-        return None
-    return _mean_loss(_load(folder, dtype), alone)
+def alone(batches: Sequence[Batch]) -> list[Batch] | None:
+    """Every document in a row of its own; None where every row is one document already."""
+    apart = [document for batch in batches for document in documents(batch)]
+    return None if len(apart) == sum(batch.input_ids.shape[0] for batch in batches) else apart
 
 
 def documents(batch: Batch) -> list[Batch]:
@@ -65,12 +60,19 @@ def documents(batch: Batch) -> list[Batch]:
     return found
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Transformer:
-    return load_model(folder, dtype=dtype, device=default_device()).train()
+def load(folder: Path, recipe: Recipe, dtype: torch.dtype) -> Transformer:
+    """A run's result, ready for `mean_loss`: a model folder, or an adapter folder beside its base as the recipe keeps
+    it, in fewer bits if it was trained so."""
+    if not (folder / CONFIG).is_file():
+        return load_model(folder, dtype=dtype, device=default_device()).train()
+    bits = {"quantize": recipe.quantize, "tables": recipe.quantize_tables}
+    model = load_adapted(folder, base=recipe.model.path, dtype=dtype, device=default_device(), **bits)
+    return model.train()
 
 
 @torch.no_grad()
-def _mean_loss(model: Transformer, batches: Sequence[Batch]) -> float:
+def mean_loss(model: Transformer, batches: Sequence[Batch]) -> float:
+    """Mean loss over the supervised tokens, the forward pass being that of training."""
     total, tokens = 0.0, 0
     for batch in batches:
         output = model(**to_inputs(batch, model.device))

@@ -8,7 +8,8 @@ import typer
 
 from trainwright.cli.options import torch_dtype
 
-ModelDir = Annotated[Path, typer.Argument(metavar="MODEL", help="a model folder, or a run's folder")]
+ModelDir = Annotated[Path, typer.Argument(metavar="MODEL", help="a model or adapter folder, or a run's folder")]
+Base = Annotated[str | None, typer.Option(help="the model of an adapter; default: what the adapter names")]
 System = Annotated[str | None, typer.Option(help="system message")]
 Template = Annotated[str | None, typer.Option(help="chat template by name, in place of the model's own")]
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token")]
@@ -29,6 +30,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = 0,
     dtype: Dtype = None,
+    base: Base = None,
 ) -> None:
     """A conversation with a model, in its own chat template. /reset forgets, /exit leaves, Ctrl-C ends an answer."""
     from rich.console import Console
@@ -37,7 +39,7 @@ def chat(
     from trainwright.errors import UserError
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    speaker = Speaker.load(model, dtype=torch_dtype(dtype) if dtype else None, template=template)
+    speaker = Speaker.load(model, dtype=torch_dtype(dtype) if dtype else None, template=template, base=base)
     if speaker.template is None:
         raise UserError(f"{model} has no chat template: name one (--template), or use trainwright generate")
     console = Console(highlight=False)
@@ -63,13 +65,14 @@ def generate(
     max_new_tokens: MaxNewTokens = 256,
     seed: Seed = 0,
     dtype: Dtype = None,
+    base: Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a prompt")] = False,
 ) -> None:
     """Answers prompts, or continues them where the model has no chat template. One prompt is streamed."""
     from trainwright.chat import Sampling, Speaker, as_asked
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    speaker = Speaker.load(model, dtype=torch_dtype(dtype) if dtype else None, template=template)
+    speaker = Speaker.load(model, dtype=torch_dtype(dtype) if dtype else None, template=template, base=base)
     asked = [as_asked(speaker, each, system, raw or None) for each in prompt]
     if len(asked) == 1 and not as_json:
         for piece in speaker.stream(asked[0], sampling):
