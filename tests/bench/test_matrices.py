@@ -14,8 +14,9 @@ from trainwright.recipe.load import library_names
 from trainwright.recipe.schema import Recipe
 
 PUBLISHED = {document.seed: document for document in load_published()}
-SCALED = [name for name in matrix_names() if "_h200_" in name]
-AS_PUBLISHED = [name for name in matrix_names() if name not in SCALED]
+SEEDS = [name for name in matrix_names() if name[:3] in PUBLISHED]  # others have tests of their own
+SCALED = [name for name in SEEDS if "_h200_" in name]
+AS_PUBLISHED = [name for name in SEEDS if name not in SCALED]
 
 
 @cache
@@ -40,7 +41,7 @@ def test_each_published_table_has_a_matrix_and_its_scaled_ones():
         assert {name.rpartition("_")[2] for name in SCALED if name.startswith(seed)} == {"1", "2", "4"}
 
 
-@pytest.mark.parametrize("name", matrix_names())
+@pytest.mark.parametrize("name", SEEDS)
 def test_every_row_is_planned_and_fits_or_says_that_it_does_not(name):
     gpu = "H200" if name in SCALED else document_of(name).gpu
     for cell in cells(name):
@@ -50,7 +51,7 @@ def test_every_row_is_planned_and_fits_or_says_that_it_does_not(name):
         assert made.fits != ("does not fit" in cell.setting.note), f"{cell.name}: {made.memory.needed / 2**30:.1f} GiB"
 
 
-@pytest.mark.parametrize("name", matrix_names())
+@pytest.mark.parametrize("name", SEEDS)
 def test_a_row_names_a_shipped_recipe_and_a_published_row(name):
     rows = {row.name: row for row in document_of(name).rows}
     for cell in cells(name):
@@ -86,14 +87,14 @@ def test_each_published_row_is_a_row_of_the_matrix_with_what_it_ran(name):
 
 
 def test_every_shipped_recipe_of_a_published_model_is_in_a_matrix():
-    used = {cell.setting.recipe for name in matrix_names() for cell in cells(name)}
+    used = {cell.setting.recipe for name in SEEDS for cell in cells(name)}
     assert set(library_names()) - used == {"quickstart", "smollm2_135m/sft", "llama2_7b/qlora_2048"}
 
 
 def test_the_alignment_runs_see_the_same_rows():
     """Same weights, rows, batch and steps: losses may be compared step by step."""
     pairs = 0
-    for name in matrix_names():
+    for name in SEEDS:
         by_name = {cell.name: cell for cell in cells(name)}
         for cell in cells(name):
             if cell.setting.align_with is None:
