@@ -26,6 +26,7 @@ lint: install
 	$(BIN)/python docs/tour.py --check
 	$(BIN)/python docs/planner.py --check
 	$(BIN)/python docs/performance.py --check
+	$(BIN)/python docs/layouts.py --check
 
 install: $(VENV)/installed
 

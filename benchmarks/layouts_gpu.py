@@ -1,52 +1,57 @@
-"""Every layout trains the same model: a 1B Llama for 100 steps on several GPUs and on one, losses side by side.
+"""Every layout trains the same model: a 1B Llama for 100 steps on 4 GPUs, on 2 and on one, losses side by side; and
+Llama-3-8B started in the layouts of the published tables that 4 GPUs allow.
 
-    python benchmarks/layouts_gpu.py [--gpus 4] [--steps 100] [--layouts zero3,tp2-dp2] [--folder /tmp/layouts]
-    python benchmarks/layouts_gpu.py --small --gpus 4         the same program on CPU processes, in a minute
+    python benchmarks/layouts_gpu.py --out benchmarks/results/layouts_h200_4.json [--layouts zero3,tp2-dp2]
+    python benchmarks/layouts_gpu.py --small                  the same program on CPU processes
 
-Random weights, made text, bf16 with float32 masters. Prints one table: the largest difference of a step's loss from the
-one-GPU run and that of the mean, in percent, tokens a second and GPU, and the most memory of rank 0. Exits with 1 when
-a step is 0.5% away or the mean 0.1% (CPU, float32: 0.01%). Finished runs in the folder are not run again, so it may be
-called in pieces.
+Random weights, made tokens, bf16 with float32 masters, not compiled, 8 rows a step; every layout takes them in as few
+passes as it can, since a pass of this model costs the host as long as the GPU. Prints each layout when it is done: the
+largest difference of a step's loss from the one-GPU run and that of the mean, in percent, tokens a second and GPU, and
+peak memory. Exits with 1 when a step is 0.5% away or the mean 0.1% (CPU, float32: 0.01%), or a start fails.
+
+The layouts of one number of GPUs share their processes: about 15 s each. One GPU runs beside two. On four H200 all of
+it is planned to take 7 minutes. What is there already in the folder is not run again, so it may be called in pieces.
+`docs/layouts.py` makes the page's table from what --out keeps.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import random
-import shutil
+import os
+import signal
 import statistics
+import subprocess
 import sys
 import time
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainwright.recipe.load import load_recipe
-from trainwright.train.metrics import read_lines
+import torch
 
-LAYOUTS: dict[str, tuple[str, ...]] = {
-    "zero0": ("zero=0",),
-    "zero1": ("zero=1",),
-    "zero2": ("zero=2",),
-    "zero3": (),
-    "zero3-full-recompute": ("recompute=full",),
-    "zero3-selective-recompute": ("recompute=selective",),
-    "hybrid-2x2": ("dp_replicate=2",),
-    "tp2-dp2": ("tp=2",),
-    "tp4": ("tp=4",),
-    "cp4-ring": ("cp=4", "cp_method=ring"),
-    "cp2-ulysses-dp2": ("cp=2", "cp_method=ulysses"),
-    "pp2-dp2": ("pp=2",),
-    "pp4": ("pp=4",),
-    "pp2-interleaved-dp2": ("pp=2", "pp_schedule=interleaved"),
-    "pp2-zbv-dp2": ("pp=2", "pp_schedule=zbv"),
-    "tp2-pp2": ("tp=2", "pp=2"),
-    "tp2-cp2": ("tp=2", "cp=2"),
-    "zero3-offload-optimizer": ("offload=optimizer",),
-    "zero3-offload-all": ("offload=all", "recompute=full"),
+FOUR: dict[str, str] = {
+    "zero3": "", "zero2": "zero=2", "zero1": "zero=1", "zero0": "zero=0", "hybrid-2x2": "dp_replicate=2",
+    "tp2-dp2": "tp=2", "tp4": "tp=4", "cp2-dp2": "cp=2", "cp4-ulysses": "cp=4", "cp4-ring": "cp=4 cp_method=ring",
+    "pp2-dp2": "pp=2", "pp4": "pp=4", "pp2-interleaved-dp2": "pp=2 pp_schedule=interleaved",
+    "pp2-zbv-dp2": "pp=2 pp_schedule=zbv", "tp2-pp2": "tp=2 pp=2", "tp2-cp2": "tp=2 cp=2",
+    "zero3-full-recompute": "recompute=full",
+}  # fmt: skip
+TWO = {"zero3-2": "", "tp2": "tp=2", "cp2": "cp=2", "pp2": "pp=2"}
+# Slow, and so only when asked for: the update runs in host memory.
+MORE = {"zero3-offload-optimizer": "offload=optimizer", "zero3-offload-all": "offload=all recompute=full"}
+# Llama-3-8B: (words, tokens of a row), named as in the published tables.
+STARTS: dict[str, tuple[str, int]] = {
+    "ZeRO-3 (seed 000)": ("", 8192),
+    "SP2, ZeRO-3 (seed 000)": ("cp=2", 8192),
+    "SP4, ZeRO-3 (seed 000)": ("cp=4", 8192),
+    "tp2 sd2 stage2 (seed 001)": ("tp=2 zero=2", 4096),
+    "TP4PP1 (seed 004)": ("tp=4", 4096),
+    "TP2PP1DP2 (seed 004)": ("tp=2 zero=1", 4096),
+    "TP2PP2 (seed 004)": ("tp=2 pp=2", 4096),
 }
-ASYNC = {"tp2-dp2-async": ("tp=2", "async_tp=true"), "tp4-async": ("tp=4", "async_tp=true")}  # with --compile
 LLAMA_1B: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
@@ -56,126 +61,215 @@ TINY: dict[str, Any] = {
     **LLAMA_1B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 320,
 }  # fmt: skip
+ROWS = 8
+PIPELINE_PASSES = 4  # micro batches of a step where there are stages
 
 
-def made_text(path: Path, megabytes: float) -> None:
-    """Documents of random words with Zipf's frequencies: a loss that falls, and not to nothing."""
-    source = random.Random(0)
-    words = ["".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randint(2, 9))) for _ in range(5000)]
-    weights = [1 / (rank + 2) for rank in range(len(words))]
-    with path.open("w", encoding="utf-8") as file:
-        while file.tell() < megabytes * 1e6:
-            text = " ".join(source.choices(words, weights, k=source.randint(50, 800)))
-            file.write(json.dumps({"text": text}) + "\n")
+def recipe_of(arguments: argparse.Namespace, name: str, gpus: int) -> Any:
+    """The recipe of one run; the rows of a step are the same in all of one table."""
+    from trainwright.bench.made import made
+    from trainwright.recipe.load import load_recipe
 
-
-def recipe_of(arguments: argparse.Namespace, name: str, words: tuple[str, ...]) -> Any:
-    """The recipe of one run; global batch and rows are the same in all."""
-    folder = Path(arguments.folder)
+    starts = name in STARTS
+    words, seq_len = STARTS.get(name) or ((FOUR | TWO | MORE).get(name, ""), arguments.seq_len)
+    seq_len = 64 if arguments.small else seq_len
+    degrees = dict(word.split("=") for word in words.split())
+    ranks = gpus
+    for axis in ("tp", "cp", "pp"):
+        ranks //= int(degrees.get(axis, 1))
+    passes = PIPELINE_PASSES if "pp" in degrees else 1
+    rows = ranks * passes if starts else ROWS
+    steps = 3 if starts else arguments.steps
     values = {
-        "name": name,
+        "name": "".join(letter if letter.isalnum() else "-" for letter in name).strip("-"),
         "task": "pretrain",
-        "output": str(folder / "runs"),
-        "model": {"config": TINY if arguments.small else LLAMA_1B, "tokenizer": "byte"},
-        "data": {
-            "path": str(folder / "text.jsonl"),
-            "seq_len": 64 if arguments.small else arguments.seq_len,
-            "cache": str(folder / "cache"),
+        "output": str(arguments.folder / "runs"),
+        "model": {
+            "config": TINY if arguments.small else "meta-llama/Meta-Llama-3-8B" if starts else LLAMA_1B,
+            "tokenizer": "byte",
         },
+        "data": {"path": "shipped:arithmetic", "seq_len": seq_len, "cache": str(arguments.folder / "cache")},
         "train": {
-            "steps": arguments.steps,
-            "global_batch_size": 16,
-            "micro_batch_size": 2,
+            "steps": steps,
+            "global_batch_size": rows,
+            "micro_batch_size": max(1, rows // ranks // passes),
             "learning_rate": 3e-4,
             "warmup": 0.1,
             "precision": "fp32" if arguments.small else "bf16",
-            "compile": arguments.compile,
+            "compile": False,
         },
         "tracking": {"tensorboard": False},
     }
-    return load_recipe(values, [f"parallel.{word}" for word in words])
+    return made(load_recipe(values, [f"parallel.{word}" for word in words.split()]), rows=ROWS * arguments.steps)
 
 
-def work(recipe: Any) -> None:
-    """One rank of one run: the trainer's own steps, without checkpoint and export."""
+def work(arguments: argparse.Namespace, names: list[str]) -> None:
+    """One rank: run after run in this process, each leaving a file; the trainer's own steps, nothing saved."""
+    for name in names:
+        began = time.perf_counter()
+        try:
+            found = train(recipe_of(arguments, name, int(os.environ.get("WORLD_SIZE", 1))))
+        except Exception as error:  # every rank fails alike, or the others wait and the parent ends them
+            found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        found["seconds"] = time.perf_counter() - began
+        if int(os.environ.get("RANK", 0)) == 0:
+            result_of(arguments, name).write_text(json.dumps(found))
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
+
+
+def train(recipe: Any) -> dict[str, Any]:
+    """Losses, median speed after the first fifth, peak memory of the fullest rank."""
+    from trainwright.device import peak_memory_gib
+    from trainwright.train.metrics import read_lines
     from trainwright.train.trainer import Trainer
 
-    trainer = Trainer(recipe)
+    if torch.accelerator.is_available():
+        torch.get_device_module(torch.accelerator.current_accelerator()).reset_peak_memory_stats()
+    trainer = Trainer(recipe, force=True)
     trainer.clock = time.perf_counter()
     try:
         while trainer.step < trainer.total_steps:
             trainer._one_step(list(islice(trainer.loader, trainer.loader.accumulation)), False)
+        peaks = trainer.world.gather(peak_memory_gib(trainer.world.device)[0])
     finally:
         trainer.close()
+    if not trainer.world.is_main:
+        return {}
+    lines = read_lines(trainer.folder.metrics)
+    settled = lines[max(1, len(lines) // 5) :]
+    return {
+        "losses": [line["loss"] for line in lines],
+        "tokens_per_second_per_gpu": statistics.median(line["tokens_per_second_per_gpu"] for line in settled),
+        "peak_memory_gib": max(peak or 0.0 for peak in peaks),
+    }
 
 
-def lines_of(arguments: argparse.Namespace, name: str) -> list[dict[str, Any]]:
-    path = Path(arguments.folder) / "runs" / name / "metrics.jsonl"
-    return read_lines(path) if path.exists() else []
+def result_of(arguments: argparse.Namespace, name: str) -> Path:
+    return Path(arguments.folder / f"{''.join(c if c.isalnum() else '-' for c in name)}.json")
 
 
-def run(arguments: argparse.Namespace, name: str, words: tuple[str, ...], gpus: int) -> list[dict[str, Any]]:
-    """The metrics of a run, which is started unless it is there already."""
-    from trainwright.parallel.launch import run_processes
-
-    folder = Path(arguments.folder) / "runs" / name
-    if len(lines_of(arguments, name)) < arguments.steps:
-        shutil.rmtree(folder, ignore_errors=True)
-        options = [f"--{key}={getattr(arguments, key)}" for key in ("folder", "steps", "seq_len")]
-        flags = [f"--{key}" for key in ("small", "compile") if getattr(arguments, key)]
-        command = [sys.executable, __file__, *options, *flags, "--worker", name, *words]
-        run_processes(gpus, command, folder / "ranks")
-    return lines_of(arguments, name)
+def missing(arguments: argparse.Namespace, names: list[str]) -> list[str]:
+    return [name for name in names if not result_of(arguments, name).exists()]
 
 
-def row(name: str, found: list[dict[str, Any]], alone: list[dict[str, Any]], steps: int) -> tuple[str, float, float]:
-    """(line of the table, largest difference of a step in percent, difference of the mean in percent)."""
-    if len(found) < steps:
-        return f"{name:<28} did not finish", float("inf"), float("inf")
-    pairs = [(line["loss"], reference["loss"]) for line, reference in zip(found, alone, strict=True)]
-    step = max(abs(a - b) / b for a, b in pairs) * 100
-    mean = abs(statistics.mean(a for a, _ in pairs) / statistics.mean(b for _, b in pairs) - 1) * 100
-    settled = found[len(found) // 5 :]
-    speed = statistics.median(line["tokens_per_second_per_gpu"] for line in settled)
-    memory = max(line["peak_memory_gib"] or 0 for line in found)
-    text = f"{name:<28}{pairs[-1][0]:>9.4f}{step:>10.4f}{mean:>10.4f}{speed:>12,.0f}{memory:>10.2f}"
-    return text, step, mean
+def start(arguments: argparse.Namespace, names: list[str], gpus: int, devices: str) -> subprocess.Popen[bytes]:
+    """The processes of one number of GPUs, on these of them."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    options = [f"--folder={arguments.folder}", f"--steps={arguments.steps}", f"--seq-len={arguments.seq_len}"]
+    flags = ["--small"] if arguments.small else []
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "OMP_NUM_THREADS": "1" if arguments.small else "8"}
+    log = (arguments.folder / f"{gpus}-gpus.log").open("ab")
+    return subprocess.Popen(
+        [*(launcher if gpus > 1 else [sys.executable]), __file__, *options, *flags, "--worker", *names],
+        stdout=log, stderr=log, start_new_session=True, env=environment,
+    )  # fmt: skip
+
+
+def finish(arguments: argparse.Namespace, process: subprocess.Popen[bytes], names: list[str]) -> None:
+    """Waits for the runs. One that takes too long is given up, with its processes."""
+    while process.poll() is None:
+        waits = missing(arguments, names)
+        done = [result_of(arguments, name).stat().st_mtime for name in names if name not in waits]
+        if waits and time.time() - max([*done, arguments.began]) > arguments.limit:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            result_of(arguments, waits[0]).write_text(json.dumps({"error": f"not done in {arguments.limit} s"}))
+        time.sleep(0.5)
+
+
+def run(arguments: argparse.Namespace, names: list[str], gpus: int, devices: str = "0,1,2,3") -> None:
+    """All of them, with new processes where some ended before their time."""
+    for _ in names:
+        left = missing(arguments, names)
+        if not left:
+            return
+        arguments.began = time.time()
+        finish(arguments, start(arguments, left, gpus, devices), left)
+        if missing(arguments, names) == left:
+            result_of(arguments, left[0]).write_text(json.dumps({"error": "its processes ended; see the log"}))
+
+
+def row(arguments: argparse.Namespace, name: str, gpus: int, alone: list[float] | None) -> dict[str, Any]:
+    """A line of the table, compared with the losses of the run on one GPU."""
+    found = json.loads(result_of(arguments, name).read_text())
+    line: dict[str, Any] = {"layout": name, "gpus": gpus, "words": words_of(name)}
+    if "error" in found:
+        return {**line, "error": found["error"]}
+    losses = found["losses"]
+    if alone is not None:
+        pairs = list(zip(losses, alone, strict=True))
+        line["step_percent"] = max(abs(a - b) / b for a, b in pairs) * 100
+        line["mean_percent"] = abs(statistics.mean(losses) / statistics.mean(alone) - 1) * 100
+    line |= {"loss": losses[-1], "seconds": round(found["seconds"], 1)}
+    return line | {key: found[key] for key in ("tokens_per_second_per_gpu", "peak_memory_gib")}
+
+
+def words_of(name: str) -> str:
+    return STARTS[name][0] if name in STARTS else (FOUR | TWO | MORE).get(name, "")
+
+
+def text_of(line: dict[str, Any]) -> str:
+    if "error" in line:
+        return f"{line['layout']:<28}{line['gpus']:>5}  {line['error']}"
+    apart = [f"{line[key]:>9.4f}" if key in line else f"{'':>9}" for key in ("step_percent", "mean_percent")]
+    return (
+        f"{line['layout']:<28}{line['gpus']:>5}{line['loss']:>9.4f}{''.join(apart)}"
+        f"{line['tokens_per_second_per_gpu']:>11,.0f}{line['peak_memory_gib']:>8.1f}{line['seconds']:>7.0f}"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seq-len", dest="seq_len", type=int, default=2048)
-    parser.add_argument("--seq_len", dest="seq_len", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--layouts", default=",".join(LAYOUTS))
-    parser.add_argument("--folder", default="/tmp/trainwright-layouts")
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--layouts", default=",".join([*FOUR, *TWO]), help=f"also {', '.join(MORE)}")
+    parser.add_argument("--no-starts", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/trainwright-layouts"))
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--limit", type=int, default=100, help="seconds of one layout at most")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(recipe_of(arguments, arguments.worker[0], tuple(arguments.worker[1:])))
+        work(arguments, arguments.worker)
         return 0
-    folder = Path(arguments.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "text.jsonl").exists():
-        made_text(folder / "text.jsonl", 0.2 if arguments.small else 8.0)
-    alone = run(arguments, "one", (), 1)
-    if len(alone) < arguments.steps:
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    wanted = arguments.layouts.split(",")
+    two = [name for name in wanted if name in TWO]
+    four = [name for name in wanted if name not in TWO]
+    starts = [] if arguments.no_starts else list(STARTS)
+    print(
+        f"{'layout':<28}{'GPUs':>5}{'loss':>9}{'step %':>9}{'mean %':>9}{'tok/s/GPU':>11}{'GiB':>8}{'s':>7}", flush=True
+    )
+    arguments.began = time.time()
+    beside = start(arguments, ["one"], 1, "3") if missing(arguments, ["one"]) else None
+    run(arguments, two, 2, "0,1")
+    if beside is not None:
+        finish(arguments, beside, ["one"])
+    first = row(arguments, "one", 1, None)
+    print(text_of({**first, "layout": "one GPU"}), flush=True)
+    if "error" in first:
         return 1
-    table = [f"{'layout':<28}{'loss':>9}{'step %':>10}{'mean %':>10}{'tok/s/GPU':>12}{'GiB':>10}"]
-    table.append(row("one GPU", alone, alone, arguments.steps)[0])
+    alone = json.loads(result_of(arguments, "one").read_text())["losses"]
+    table = [{**first, "layout": "one GPU"}]
     limits = (0.01, 0.01) if arguments.small else (0.5, 0.1)
-    good = True
-    for name in [*arguments.layouts.split(","), *(ASYNC if arguments.compile else ())]:
-        text, step, mean = row(
-            name, run(arguments, name, (LAYOUTS | ASYNC)[name], arguments.gpus), alone, arguments.steps
-        )
-        good = good and step <= limits[0] and mean <= limits[1]
-        table.append(text)
-    print("\n".join(table))
-    print("all agree" if good else "SOME DO NOT AGREE", flush=True)
+    for names, gpus, reference in ((two, 2, alone), (four, 4, alone), (starts, 4, None)):
+        run(arguments, names, gpus)
+        for name in names:
+            table.append(row(arguments, name, gpus, reference))
+            print(text_of(table[-1]), flush=True)
+    good = all("error" not in line for line in table) and all(
+        line.get("step_percent", 0) <= limits[0] and line.get("mean_percent", 0) <= limits[1] for line in table
+    )
+    print(("all agree" if good else "SOME DO NOT AGREE") + f", {time.perf_counter() - began:.0f} s", flush=True)
+    if arguments.out is not None:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        facts = {"device": device, "torch": torch.__version__, "date": date.today().isoformat()}
+        size = {"steps": arguments.steps, "seq_len": arguments.seq_len, "rows_per_step": ROWS, "starts": list(STARTS)}
+        arguments.out.write_text(json.dumps({**facts, **size, "lines": table}, indent=1) + "\n")
     return 0 if good else 1
 
 
