@@ -64,41 +64,46 @@ def run_processes(count: int, command: Sequence[str] | Callable[[], None], folde
     screen's, that of the others goes to files under `folder`. When one ends badly, all do, and one line says why.
     SIGINT and SIGTERM go to all of them, who save and leave.
     """
+    watch.begin(folder)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, _forward_to(folder, count)) for number in numbers}
+    os.environ[watch.LAUNCHED] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    try:
+        with tempfile.TemporaryDirectory(prefix="trainwright-") as logs:
+            return _run_elastic(count, command, folder, Path(logs))
+    finally:
+        del os.environ[watch.LAUNCHED]
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_elastic(count: int, command: Sequence[str] | Callable[[], None], folder: Path, logs: Path) -> int:
+    """The existing engine, set up for one machine."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    watch.begin(folder)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ[watch.LAUNCHED] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    with tempfile.TemporaryDirectory(prefix="trainwright-") as logs:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            monitor_interval=0.2,
-            local_addr="localhost",
-            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, count), Std.ALL)),
-            signals_to_handle="SIGQUIT",  # the others are ours: a run that is stopped saves first
-            start_method="fork",
-        )
-        forward = {
-            number: signal.signal(number, _forward_to(folder, count)) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            entry, words = (_forked(command), ()) if callable(command) else (command[0], command[1:])
-            elastic_launch(config, entrypoint=entry)(*words)
-        except ChildFailedError as error:
-            return _explain(folder, {rank: failure.exitcode for rank, failure in error.failures.items()}, Path(logs))
-        finally:
-            for number, handler in forward.items():
-                signal.signal(number, handler)
-            del os.environ[watch.LAUNCHED]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+        local_addr="localhost",
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=dict.fromkeys(range(1, count), Std.ALL)),
+        signals_to_handle="SIGQUIT",  # the others are ours: a run that is stopped saves first
+        start_method="fork",
+    )
+    entry, words = (_forked(command), ()) if callable(command) else (command[0], command[1:])
+    try:
+        elastic_launch(config, entrypoint=entry)(*words)
+    except ChildFailedError as error:
+        return _explain(folder, {rank: failure.exitcode for rank, failure in error.failures.items()}, logs)
     return 0
 
 
@@ -111,12 +116,14 @@ def _forked(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def _forward_to(folder: Path, count: int) -> Callable[[int, FrameType | None], None]:
-    """Ranks that train save and leave; while some still start, there is nothing to save and the launcher ends all."""
+    """Ranks that train save and leave. While some still start there is nothing to save: the launcher leaves, and they
+    with it. It leaves at once, since an exception out of a handler is lost where it meets a callback."""
 
     def forward(number: int, _: FrameType | None) -> None:
         statuses = watch.read_statuses(folder)
         if len(statuses) < count:
-            raise KeyboardInterrupt
+            print("trainwright: interrupted", file=sys.stderr, flush=True)
+            os._exit(128 + number)
         for status in statuses.values():
             with suppress(ProcessLookupError):
                 os.kill(status.pid, number)
