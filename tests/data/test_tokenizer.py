@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+from fnmatch import fnmatch
 
 import pytest
 from hypothesis import given, settings
@@ -37,6 +38,22 @@ def bpe_pair(tmp_path_factory):
         generation_config=json.dumps({"eos_token_id": [2, 10]}),
     )
     return load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_hub_id_fetches_the_tokenizer_and_no_weights(bpe_pair, tmp_path, monkeypatch):
+    """A recipe with random weights may name a published tokenizer, and `prepare` needs no more of a model."""
+    asked = {}
+    bpe_pair[0].save(tmp_path)
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    tokenizer = load_tokenizer("hf:owner/name@v2")
+    assert tokenizer.encode("some text") == bpe_pair[0].encode("some text")
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v2")
+    assert not any(fnmatch("model-00001-of-00002.safetensors", pattern) for pattern in asked["allow_patterns"])
 
 
 @settings(max_examples=150, deadline=None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
+from trainwright import hub
 from trainwright.data.arithmetic import Arithmetic
 from trainwright.data.formats import BadRow, detect
 from trainwright.data.made import MadeTokens
@@ -248,21 +249,13 @@ def _write_made(spec: str, folder: Path) -> Path:
 
 
 def _download(spec: str) -> Path:
-    """The data files of a hub data set, in the hub's own cache; the one place of this room that uses the network."""
+    """The data files of a hub data set, in the hub's own cache."""
     match = HUB_ID.fullmatch(spec)
     if match is None or ".." in spec:
         raise UserError(f"{spec!r} is no hub id: use hf:owner/name, hf:owner/name@revision or hf:owner/name:glob")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{spec} needs the package huggingface_hub: pip install huggingface_hub") from None
-    patterns = [match["glob"]] if match["glob"] else list(DATA_NAMES)
-    try:
-        return Path(
-            snapshot_download(match["name"], repo_type="dataset", revision=match["revision"], allow_patterns=patterns)
-        )
-    except Exception as error:  # the hub's client raises many kinds; all mean that the data is not there
-        raise UserError(f"{spec} cannot be downloaded: {error}") from None
+    patterns = [match["glob"]] if match["glob"] else DATA_NAMES
+    revision = f"@{match['revision']}" if match["revision"] else ""
+    return hub.fetch(f"hf:{match['name']}{revision}", patterns, kind="dataset")
 
 
 def _digest(path: str) -> list[Any]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Pipeline
 
+from trainwright import hub
 from trainwright.data.tokenizer_config import (
     SPECIAL_KEYS,
     add_declared_tokens,
@@ -224,13 +225,15 @@ class Tokenizer:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that `spec` names: a folder, a tokenizer file, or `byte`.
+    """The tokenizer that `spec` names: a folder, a tokenizer file, a hub id, or `byte`.
 
     Raises:
         UserError: nothing is there, or it cannot be read.
     """
     if str(spec) == "byte":
         return byte_tokenizer()
+    if hub.is_id(str(spec)):
+        return _load_folder(hub.fetch(str(spec), hub.TOKENIZER))
     path = Path(spec).expanduser()
     if path.is_dir():
         return _load_folder(path)

@@ -1,7 +1,7 @@
 """A model folder on disk: which file holds which tensor, and what is wrong with it, said in one line. Reads no weights.
 
-Also turns `hf:owner/name` and `modelscope:owner/name` into a folder: the only place of the model room that touches the
-network, and only when such an id is named.
+Also turns `hf:owner/name` and `modelscope:owner/name` into a folder (`hub.py`): the only place of the model room that
+touches the network, and only when such an id is named.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from trainwright import hub
 from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig
 from trainwright.model.families.family import Family, Weight
@@ -25,29 +26,12 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "merge
 
 def resolve(path: str | Path) -> Path:
     """A folder: the one named, or a hub id's snapshot, downloaded if it is not there yet."""
-    text = str(path)
-    if text.startswith(("hf:", "modelscope:")):
-        return _download(*text.split(":", 1))
+    if hub.is_id(str(path)):
+        return hub.fetch(str(path), _WANTED)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name a folder with config.json and safetensors, or hf:owner/name")
     return folder
-
-
-def _download(hub: str, name: str) -> Path:
-    name, _, revision = name.partition("@")
-    try:
-        if hub == "hf":
-            from huggingface_hub import snapshot_download
-        else:
-            from modelscope import snapshot_download  # type: ignore[import-not-found,no-redef]
-    except ImportError as error:
-        package = "huggingface_hub" if hub == "hf" else "modelscope"
-        raise UserError(f"{hub}:{name} needs the package {package}: pip install {package}") from error
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED))
-    except Exception as error:  # whatever the hub's client raises: the user named an id that does not come
-        raise UserError(f"{hub}:{name} could not be downloaded: {error}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -19,7 +19,9 @@ class ModelRecipe(Section):
         None, description="random weights: a named model (`trainwright models`), a config.json, or its keys inline"
     )
     family: str | None = Field(None, description="says the family outright where config.json cannot tell")
-    tokenizer: str | None = Field(None, description="tokenizer folder or file, or `byte`; default: the model's own")
+    tokenizer: str | None = Field(
+        None, description="tokenizer folder, file, hub id, or `byte`; default: the model's own"
+    )
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="config.json keys to change, for example num_hidden_layers: 2"
     )
