@@ -6,6 +6,7 @@ Owns the checks and the order in which a model comes to life. Running the parts 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -100,8 +101,10 @@ def _padded(vocab_size: int) -> int:
     return -(-vocab_size // 64) * 64
 
 
-def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transformer, Spread]:
-    """The model on its device, in its layout, with its weights; and how it is spread.
+def build_model(
+    recipe: Recipe, sources: Sources, world: World, done: Callable[[str], None] = lambda _: None
+) -> tuple[Transformer, Spread]:
+    """The model on its device, in its layout, with its weights; and how it is spread. `done` hears of each phase.
 
     Built on the meta device, so that no rank ever holds more than its share; weights come last.
     """
@@ -131,6 +134,7 @@ def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transfo
     model.to_empty(device="cpu" if in_host_memory(recipe.parallel) else world.device)
     model.tie_weights()
     model.reset_buffers(world.device)
+    done("model")
     if sources.folder is not None:
         load_weights(model, sources.folder)
     else:
@@ -139,6 +143,7 @@ def build_model(recipe: Recipe, sources: Sources, world: World) -> tuple[Transfo
         start_adapters(model, settings.seed)
         if recipe.adapter.path is not None:
             load_adapter(model, recipe.adapter.path)
+    done("weights")
     return model.train(), spread
 
 

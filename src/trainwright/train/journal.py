@@ -14,7 +14,8 @@ from trainwright.recipe.schema import Recipe
 from trainwright.train.display import Display
 from trainwright.train.evaluate import Answer, as_rows, exact_match
 from trainwright.train.metrics import JsonLines
-from trainwright.train.run import RunFolder, changed_keys, write_environment, write_recipe
+from trainwright.train.run import RunFolder, add_to_environment, changed_keys, write_environment, write_recipe
+from trainwright.train.startup import Startup
 from trainwright.train.trackers import Tracker, open_trackers
 
 
@@ -51,6 +52,12 @@ class Journal:
     def say(self, text: str) -> None:
         """One line on the screen."""
         self.display.say(text)
+
+    def started(self, startup: Startup) -> None:
+        """How long the start took, on the screen and in environment.json."""
+        self.say(str(startup))
+        if self.writes:
+            add_to_environment(self.folder, startup_seconds=startup.phases)
 
     def step(self, line: dict[str, Any]) -> None:
         """The figures of a finished step."""

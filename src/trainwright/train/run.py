@@ -171,6 +171,15 @@ def write_environment(folder: RunFolder, recipe: Recipe, **more: Any) -> str:
     return run_id
 
 
+def add_to_environment(folder: RunFolder, **more: Any) -> None:
+    """Facts that are known only later, such as how long the start took."""
+    path = folder.path / "environment.json"
+    environment = json.loads(path.read_text(encoding="utf-8")) | more
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_text(json.dumps(environment, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
 def _installed(name: str) -> str | None:
     try:
         return version(name)

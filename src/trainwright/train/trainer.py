@@ -48,6 +48,7 @@ from trainwright.train.planned import account_of_memory, fitted, predicted_besid
 from trainwright.train.report import write_report
 from trainwright.train.run import RunResult, check_folder
 from trainwright.train.signals import StopRequest
+from trainwright.train.startup import Startup
 from trainwright.train.step import LossScale, StepResult, TrainStep, finite_or_none
 from trainwright.train.trackers import check_tracker
 
@@ -77,6 +78,7 @@ class Trainer:
     """A run and its parts. Made whole by the constructor, which also restores; `run` does the rest."""
 
     def __init__(self, recipe: Recipe, *, resume: bool | int | None = None, force: bool = False) -> None:
+        self.startup = Startup()
         settings = recipe.train
         resume = settings.resume if resume is None else resume
         self.folder = check_folder(recipe, resume is not False)
@@ -85,7 +87,9 @@ class Trainer:
         self.tokenizer = self.sources.tokenizer
         self.template = find_template(recipe, self.tokenizer)
         set_deterministic(settings.deterministic)
+        self.startup.done("tokenizer")
         self.world = join_world(recipe.parallel)
+        self.startup.done("process group")
         if settings.cuda_graph:
             check_graph(self.world.device, alone=self.world.size == 1)
         self.recipe, self.plan = fitted(recipe, self.world, self.sources.config, force=force)
@@ -98,6 +102,7 @@ class Trainer:
         self.watch = begin_watch(self.folder.ranks, self.world, recipe.parallel.timeout_minutes)
         seed_everything(settings.seed + self.world.data_rank)
         self._build_data()
+        self.startup.done("data")
         self._build_model()
         self.nonfinite = NonFinite(settings.on_nonfinite)
         self.step = self.tokens = self.supervised_tokens = 0
@@ -112,6 +117,7 @@ class Trainer:
         if resume is not False:
             self._restore(None if resume is True else resume)
         self.journal = Journal(self.folder, self.recipe, self.world, total_steps=self.total_steps, step=self.step)
+        self.startup.done("optimizer and restore")
 
     def _build_data(self) -> None:
         """Rows, the loader over them, and from their number the length of the run."""
@@ -139,7 +145,7 @@ class Trainer:
     def _build_model(self) -> None:
         """The model in its layout, its optimizer, and the step that joins them."""
         settings = self.recipe.train
-        self.model, spread = build_model(self.recipe, self.sources, self.world)
+        self.model, spread = build_model(self.recipe, self.sources, self.world, self.startup.done)
         self.spread_notes = spread.notes
         self.passes: Any = spread.pipeline or self.model  # what runs forward and backward; weights are the model's
         self.optimizers = build_optimizer(
@@ -192,6 +198,7 @@ class Trainer:
 
     def _fit(self, stop: StopRequest) -> bool:
         """Steps until the run's end; False when a signal ended it, and then the last step is saved."""
+        self.startup.done("first answers")
         with _quiet_garbage():
             self.clock = time.perf_counter()
             while self.step < self.total_steps:
@@ -223,6 +230,9 @@ class Trainer:
         self.supervised_tokens += result.supervised_tokens
         self.loss = finite_or_none(result.loss)
         self._log(result, rate)
+        if "first step" not in self.startup.phases:
+            self.startup.first_step_done()
+            self.journal.started(self.startup)
         return result.stop_asked
 
     def _refused(self, result: StepResult, batches: list[Batch]) -> None:
