@@ -83,3 +83,34 @@ def _arrays(rows):
 def test_the_line_of_needs_is_one_form():
     assert re.fullmatch(NEEDS, "4 or 8 GPUs with 80 GB")
     assert re.fullmatch(NEEDS, "one GPU with 24 GB")
+
+
+TINY = (
+    "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, "
+    "num_key_value_heads: 2, vocab_size: 320, max_position_embeddings: 128}"
+)
+ALONE = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "data.seq_len=64", "train.precision=fp32"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("llama2_7b/pretrain_tp2sd4_stage2", {"text": "a page of text " * 40}),
+        ("llama3_8b/full_alpaca_128k", {"instruction": "Add 1 and 2", "input": "", "output": "3"}),
+        ("llama2_7b/qlora_512", {"instruction": "Read " * 420, "input": "", "output": "Yes"}),
+    ],
+)
+def test_it_runs_as_it_stands_where_weights_and_data_are_there(tmp_path, name, row):
+    """Every key but sizes, paths and degrees is the recipe's own."""
+    from trainwright.train.trainer import Trainer
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text((json.dumps(row) + "\n") * 12, encoding="utf-8")
+    places = [f"data.path={file}", f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs"]
+    words = [*ALONE, *places, f"model.config={TINY}", "model.tokenizer=byte", "data.template=null", "train.steps=2"]
+    small = ["train.warmup=0", "train.gradient_accumulation_steps=2", "train.micro_batch_size=1"]
+    if "qlora" in name:
+        words += ["data.too_long=split"]  # the answer of a row of 2048 characters lies behind 64 tokens
+    Trainer(load_recipe(name, [*words, *small])).run()
+    lines = (tmp_path / "runs" / name.replace("/", "-") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)] == [1, 2]
