@@ -1,6 +1,14 @@
 """The plan in training: auto micro batches, the refusal of what cannot fit, and the account of memory that ran out."""
 
+import inspect
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,19 +53,125 @@ def test_what_surely_does_not_fit_is_refused_and_forced(tmp_path, monkeypatch):
     assert result.step == 2
 
 
-def test_out_of_memory_ends_with_the_plans_account(tmp_path, monkeypatch):
+FULL = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. "
+    "GPU 0 has a total capacity of 139.81 GiB of which 512.00 MiB is free."
+)
+PLACES = {
+    "build": "trainwright.model.transformer.Transformer.init_weights",
+    "loss": "trainwright.model.kernels.cross_entropy._LinearCrossEntropy.forward",
+    "backward": "trainwright.model.kernels.activation._GatedSilu.backward",
+    "optimizer": "torch.optim.AdamW.step",
+    "evaluation": "trainwright.train.evaluate.HeldOut.loss",
+    "save": "trainwright.train.checkpoint.Checkpoints.save",
+}
+
+
+@pytest.mark.parametrize("phase", PLACES)
+def test_out_of_memory_ends_with_the_plans_account(phase, tmp_path, monkeypatch):
+    """Memory runs out deep inside a real step: the account says where, what was there, and what to change."""
+
+    def too_much(*_, **__):
+        raise torch.OutOfMemoryError(FULL)
+
+    # A frame of the real file has to be in the traceback, as it is when torch itself raises there.
+    place, name = PLACES[phase].rsplit(".", 1)
+    owner = pkgutil.resolve_name(place)
+    real = getattr(owner, name)
+
+    def inside(*arguments, **words):
+        return too_much()
+
+    where = inspect.getfile(inspect.unwrap(real))
+    code = inside.__code__.replace(co_filename=where, co_name=name)
+    fake = types.FunctionType(code, globals(), name, closure=inside.__closure__)
+    monkeypatch.setattr(owner, name, staticmethod(fake) if name in ("forward", "backward") else fake)
+    with pytest.raises(UserError) as caught:
+        train(small_recipe(tmp_path, "train.steps=2", *([] if phase == "evaluation" else ["data.validation=0"])))
+    line = str(caught.value)
+    start = "before the first step" if phase == "build" else ("step 3" if phase == "save" else "step 1")
+    assert line.startswith(f"{start}: out of memory in {phase}, 2.00 GiB asked and 0.50 free; the plan has")
+    assert "\n" not in line
+
+
+def test_a_full_host_is_told_likewise(tmp_path, monkeypatch):
     def too_much(*_):
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 512.00 "
-            "MiB is free."
-        )
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("trainwright.train.step.TrainStep.__call__", too_much)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"step 1: out of memory in loss; the plan has .* GiB there"):
         train(small_recipe(tmp_path))
-    line = str(caught.value)
-    assert line.startswith("step 1: out of memory in loss, 2.00 GiB asked and 0.50 free; the plan has")
-    assert "\n" not in line
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("trainwright.train.step.TrainStep.__call__", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot"):
+        train(small_recipe(tmp_path))
+
+
+def test_of_many_processes_the_one_that_ran_out_tells(tmp_path):
+    """Two processes, one of which has no memory at its second step: the run ends with its account, and at once."""
+    (tmp_path / "sitecustomize.py").write_text(FULL_AT_RANK_1, encoding="utf-8")
+    recipe = small_recipe(tmp_path, "parallel.zero=2", "train.steps=4")
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe.model_dump(mode="json")), encoding="utf-8")
+    here = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{here / 'src'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "trainwright", "train", str(file), "--gpus", "2"]
+    environment["TRAINWRIGHT_DEVICE"] = "cpu"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert "rank 1 of 2, step 2: out of memory in loss, 2.00 GiB asked and 0.50 free; the plan has" in last
+    assert "Traceback" not in done.stderr
+
+
+FULL_AT_RANK_1 = f"""
+import os, sys
+if os.environ.get("RANK") == "1":
+    import importlib.abc, importlib.util
+
+    class Watch(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name != "trainwright.train.step":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            run = spec.loader.exec_module
+
+            def exec_module(module):
+                run(module)
+                import torch
+                real, count = module.TrainStep.__call__, []
+
+                def step(self, *arguments):
+                    count.append(1)
+                    if len(count) == 2:
+                        raise torch.OutOfMemoryError({FULL!r})
+                    return real(self, *arguments)
+
+                module.TrainStep.__call__ = step
+
+            spec.loader.exec_module = exec_module
+            return spec
+
+    sys.meta_path.insert(0, Watch())
+"""
+
+
+def test_a_run_keeps_what_was_planned_beside_what_it_took(tmp_path):
+    result = train(small_recipe(tmp_path, "train.steps=5"))
+    kept = json.loads((result.folder / "planned.json").read_text())
+    assert kept["step_seconds"] > 0
+    assert kept["time_error"] == pytest.approx(kept["predicted_step_seconds"] / kept["step_seconds"] - 1)
+    assert kept["peak_memory_gib"] is None  # of a processor only the process's memory is known
+    assert kept["plan"]["memory"]["peak_memory_gib"] == pytest.approx(kept["predicted_memory_gib"])
+    page = (result.folder / "report.html").read_text()
+    assert "Planned and taken" in page
+    assert f"{kept['time_error']:+.1%}" in page
 
 
 def test_account_names_the_smallest_change():

@@ -25,15 +25,9 @@ from trainwright.device import GIB, default_device, device_name, peak_memory_gib
 from trainwright.errors import UserError
 from trainwright.parallel import watch
 from trainwright.recipe.load import load_recipe
-from trainwright.train.planned import phase_of
+from trainwright.train.planned import asked_and_free, is_out_of_memory, phase_of
 from trainwright.train.signals import StopRequest
 from trainwright.train.trainer import Trainer
-
-# What libraries say when there is no memory: torch on a CPU, C++, oneDNN, the CUDA driver, cuBLAS.
-SHORT_OF_MEMORY = (
-    "defaultcpuallocator", "cannot allocate memory", "bad_alloc", "out of memory", "alloc_failed",
-    "could not create a memory",
-)  # fmt: skip
 
 
 def work(folder: Path) -> int:
@@ -172,30 +166,16 @@ def standing_gib(device: torch.device) -> float | None:
 
 def account(error: BaseException, phase: str, cap: float | None, limit: int | None) -> dict[str, Any]:
     """What a failure was: its status, one line, and for memory the phase, what was asked and what was free."""
+    if error.__cause__ is not None and is_out_of_memory(error.__cause__):  # which the trainer has put into words
+        error = error.__cause__
     text = " ".join(str(error).split())
     if not is_out_of_memory(error):
         user = isinstance(error, UserError)
         line = text if user else f"{type(error).__name__}: {text[:400]}"
         return {"status": "refused" if user else "crashed", "line": line, "secondary": watch.is_secondary(error)}
-    asked = _gib(r"[Tt]ried to allocate ([\d.]+) (\w+)", text)
-    free = _gib(r"of which ([\d.]+) (\w+) is free", text)
+    asked, free = asked_and_free(text)
     if limit is not None:
         free = max(0.0, (limit - (mapped_bytes() or limit)) / GIB)
     elif cap is not None and torch.accelerator.is_available():
         free = max(0.0, cap - torch.accelerator.memory_reserved() / GIB)
     return {"status": "oom", "line": text[:400], "phase": phase, "asked_gib": asked, "free_gib": free}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was what a process lacked, on the device or in the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(words in text for words in SHORT_OF_MEMORY)
-
-
-def _gib(pattern: str, text: str) -> float | None:
-    """A size out of torch's message."""
-    found = re.search(pattern, text)
-    units = {"bytes": 2**-30, "KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0, "TiB": 2.0**10}
-    return float(found[1]) * units[found[2]] if found and found[2] in units else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainwright.planner.hardware import GIB
+from trainwright.planner.memory import Moment
 from trainwright.planner.plan import Plan, find_changes
 
 MISS = 0.10  # a larger relative error says which part missed
@@ -134,7 +135,7 @@ def _largest(parts: Mapping[str, float], count: int) -> list[tuple[str, float]]:
 
 def out_of_memory(plan: Plan, phase: str, *, asked_gib: float | None = None, free_gib: float | None = None) -> str:
     """One line for a run that ran out: the phase, what the plan has there, the shortfall, the smallest change."""
-    peak = next((moment for moment in plan.memory.fullest.moments if moment.name == phase), plan.memory.fullest.peak)
+    peak = _moment(plan, phase)
     largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in _largest(peak.parts, 3))
     short = max(0.0, -plan.memory.free / GIB)
     found = ""
@@ -145,6 +146,8 @@ def out_of_memory(plan: Plan, phase: str, *, asked_gib: float | None = None, fre
         f"out of memory in {phase}{found}; the plan has {peak.total / GIB:.1f} GiB there ({largest}) of "
         f"{plan.memory.capacity / GIB:.1f}"
     )
+    if phase == "build" and plan.fits:
+        return f"{account}; the whole run would fit: another process may hold the device"
     # The plan may have thought that it fits: then a change must free what was really short, with a little to spare.
     missing = max(short, 0.02 * plan.memory.capacity / GIB)
     card = replace(plan.job.cluster.card, memory_gib=plan.memory.needed / GIB - missing)
@@ -153,6 +156,16 @@ def out_of_memory(plan: Plan, phase: str, *, asked_gib: float | None = None, fre
     if not changes:
         return f"{account}; no single change frees {missing:.1f} GiB: try trainwright plan --search"
     return f"{account}; the smallest change that fits: {changes[0].what} ({changes[0].speed - 1:+.0%} speed)"
+
+
+def _moment(plan: Plan, phase: str) -> Moment:
+    """The plan's moment of a phase; before the first step only weights are there."""
+    peak = plan.memory.fullest.peak
+    if phase == "build":
+        weights = ("weights", "quantized weights", "adapters")
+        return Moment("build", {name: size for name, size in peak.parts.items() if name in weights})
+    like = [moment for moment in plan.memory.fullest.moments if moment.name == phase]
+    return max(like, key=lambda moment: moment.total, default=peak)
 
 
 def refusal(plan: Plan) -> str | None:

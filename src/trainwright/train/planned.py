@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import re
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from trainwright.data.cache import write_json
 from trainwright.device import device_name
 from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig
@@ -24,6 +27,11 @@ from trainwright.planner.plan import Plan, largest_micro_batch, plan
 from trainwright.recipe.schema import Recipe
 from trainwright.train.metrics import read_lines
 
+# What libraries say when there is no memory: torch on a CPU, C++, oneDNN, the CUDA driver, cuBLAS.
+SHORT_OF_MEMORY = (
+    "defaultcpuallocator", "cannot allocate memory", "bad_alloc", "out of memory", "alloc_failed",
+    "could not create a memory",
+)  # fmt: skip
 CPU_ROWS = 32  # more rows in a micro batch make a processor no faster
 
 
@@ -60,18 +68,44 @@ def fitted(recipe: Recipe, world: World, config: ModelConfig, *, force: bool = F
     return recipe, made
 
 
-def account_of_memory(made: Plan, error: torch.OutOfMemoryError) -> str:
+@contextmanager
+def accounted(made: Plan, where: Callable[[], str]) -> Iterator[None]:
+    """Turns memory that ran out inside the block into a UserError with the plan's account. `where`: which step."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{where()}: {account_of_memory(made, error)}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was what a process lacked, on the device or in the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(words in text for words in SHORT_OF_MEMORY)
+
+
+def account_of_memory(made: Plan, error: BaseException) -> str:
     """What to say when the device ran out: the plan's account of the phase it ran out in."""
-    text = str(error)
-    asked, free = _gib(r"Tried to allocate ([\d.]+) (\w+)", text), _gib(r"of which ([\d.]+) (\w+) is free", text)
+    asked, free = asked_and_free(str(error))
     return out_of_memory(made, phase_of(error), asked_gib=asked, free_gib=free)
 
 
+def asked_and_free(text: str) -> tuple[float | None, float | None]:
+    """(GiB that were asked for, GiB that were free) out of torch's message, as far as it tells them."""
+    asked = _gib(r"[Tt]ried to allocate ([\d.]+) (\w+)", text)
+    return asked, _gib(r"of which ([\d.]+) (\w+) is free", text)
+
+
 def phase_of(error: BaseException) -> str:
-    """Where in a step an error came from, by the functions it passed."""
+    """Where in a step, or before it, an error came from, by the functions it passed."""
     frames = traceback.extract_tb(error.__traceback__)
     names = {frame.name for frame in frames}
     files = {frame.filename.replace(os.sep, "/") for frame in frames}
+    if "_build_model" in names:
+        return "build"
     if any("torch/optim/" in file or file.endswith("train/optimizer.py") for file in files):
         return "optimizer"
     if any(file.endswith(("train/evaluate.py", "model/generate.py")) for file in files):
@@ -89,9 +123,20 @@ def _gib(pattern: str, text: str) -> float | None:
 
 
 def predicted_beside_measured(made: Plan, metrics: Path, world: World) -> Comparison | None:
-    """After a run, from its metrics.jsonl; None on a CPU, whose processes tell nothing of their tensors, and on other
-    ranks than the first, which writes it."""
-    if world.device.type == "cpu" or not world.is_main:
+    """After a run, from its metrics.jsonl: into planned.json beside it, by the first rank; None on all others.
+
+    A processor tells its process's memory, not its tensors', so only the time is compared there; and since nothing was
+    measured of most processors, None is returned there too: it is for the file, not for the screen.
+    """
+    if not world.is_main:
         return None
-    standing = torch.accelerator.memory_allocated(world.device) / GIB
-    return compare(made, read_metrics(read_lines(metrics), standing))
+    on_cpu = world.device.type == "cpu"
+    standing = None if on_cpu else torch.accelerator.memory_allocated(world.device) / GIB
+    measured = read_metrics(read_lines(metrics), standing)
+    if on_cpu:
+        measured = replace(measured, peak_memory_gib=None)
+    found = compare(made, measured)
+    from trainwright.planner.report import as_dict  # brings the terminal's tables along
+
+    write_json(metrics.with_name("planned.json"), {**found.as_dict(), "plan": as_dict(made)})
+    return None if on_cpu else found

@@ -35,6 +35,7 @@ def write_report(folder: RunFolder) -> Path:
         table=_table(steps),
         evaluations=evaluations,
         answers=_answers(folder.answers),
+        planned=_planned(folder.path / "planned.json"),
         environment=_read_json(folder.path / "environment.json"),
         recipe=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
     )
@@ -136,6 +137,20 @@ def _table(steps: list[dict[str, Any]], rows: int = 12) -> list[dict[str, Any]]:
     if len(steps) <= rows:
         return steps
     return [steps[round(k * (len(steps) - 1) / (rows - 1))] for k in range(rows)]
+
+
+def _planned(path: Path) -> dict[str, Any]:
+    """What the planner said before the run beside what it took (`planned.py`)."""
+    found = _read_json(path)
+    rows = []
+    for what, unit, key, error in (
+        ("peak memory", "GiB", "peak_memory_gib", "memory"),
+        ("a step", "s", "step_seconds", "time"),
+    ):
+        taken, planned = found.get(key), found.get(f"predicted_{key.removeprefix('peak_')}")
+        if taken is not None and planned is not None:
+            rows.append((what, f"{planned:.3g} {unit}", f"{taken:.3g} {unit}", f"{found[error + '_error']:+.1%}"))
+    return {"rows": rows, "missed": found.get("missed", []) if rows else []}
 
 
 def _answers(path: Path) -> dict[str, Any]:

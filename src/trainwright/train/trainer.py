@@ -20,7 +20,6 @@ from torch import Tensor
 from trainwright.data.loader import Batch, Loader
 from trainwright.data.prepare import prepare
 from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
-from trainwright.errors import UserError
 from trainwright.parallel.layout import check_model
 from trainwright.parallel.mesh import join_world
 from trainwright.parallel.pipeline import without_twins
@@ -44,7 +43,7 @@ from trainwright.train.graph import GraphedPasses, check_graph
 from trainwright.train.journal import Journal
 from trainwright.train.nonfinite import NonFinite, account, find_nonfinite
 from trainwright.train.optimizer import build_optimizer
-from trainwright.train.planned import account_of_memory, fitted, predicted_beside_measured
+from trainwright.train.planned import accounted, fitted, predicted_beside_measured
 from trainwright.train.report import write_report
 from trainwright.train.run import RunResult, check_folder
 from trainwright.train.signals import StopRequest
@@ -67,9 +66,8 @@ def train(recipe: Recipe, *, resume: bool | int | None = None, force: bool = Fal
     """
     trainer = Trainer(recipe, resume=resume, force=force)
     try:
-        return trainer.run()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"step {trainer.step + 1}: {account_of_memory(trainer.plan, error)}") from error
+        with accounted(trainer.plan, trainer.whereabouts):
+            return trainer.run()
     finally:
         trainer.close()
 
@@ -103,7 +101,8 @@ class Trainer:
         seed_everything(settings.seed + self.world.data_rank)
         self._build_data()
         self.startup.done("data")
-        self._build_model()
+        with accounted(self.plan, lambda: "before the first step"):
+            self._build_model()
         self.nonfinite = NonFinite(settings.on_nonfinite)
         self.step = self.tokens = self.supervised_tokens = 0
         self.loss: float | None = None
@@ -167,6 +166,11 @@ class Trainer:
         self.costs = build_costs(self.recipe, self.sources.config, self.model, self.world)
 
     # ---- the run ----
+
+    def whereabouts(self) -> str:
+        """The step that is being taken, and by whom."""
+        step = f"step {self.step + 1}"
+        return f"rank {self.world.rank} of {self.world.size}, {step}" if self.world.size > 1 else step
 
     def run(self) -> RunResult:
         """Trains to the end, or until a signal asks to stop; then the run's last files."""
