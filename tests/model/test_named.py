@@ -7,7 +7,7 @@ import pytest
 
 from trainwright.errors import UserError
 from trainwright.model.checkpoint import load_config
-from trainwright.model.named import find, named_models
+from trainwright.model.named import find, named_models, of_hub
 
 PUBLISHED = {
     "facebook/llama-7b": 6_738_415_616,
@@ -153,3 +153,21 @@ def test_no_torch_is_imported() -> None:
         "c = load_config('llama-2-7b'); c.flops_per_token(8); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("hf:meta-llama/Llama-2-7b-chat-hf@main", "meta-llama/Llama-2-7b"),
+        ("hf:meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B"),
+        ("modelscope:LLM-Research/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B"),
+        ("hf:meta-llama/Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
+        ("hf:mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-7B-v0.3"),
+        ("hf:qwen/qwen-7b-chat", "qwen/qwen-7b-chat"),
+        ("hf:someone/their-own", None),
+        ("qwen-7b", None),
+    ],
+)
+def test_hub_ids_of_the_same_shape(path: str, name: str | None) -> None:
+    found = of_hub(path)
+    assert (found and found.name) == name

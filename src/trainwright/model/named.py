@@ -7,6 +7,7 @@ published ones by tests/model/test_named.py.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -335,13 +336,18 @@ def find(name: str) -> NamedModel | None:
     return None
 
 
+# What hub ids add to a name whose shape is the same.
+_SAME_SHAPE = re.compile(r"^meta-|-(hf|instruct|chat|base)(?=-|$)")
+
+
 def of_hub(path: str) -> NamedModel | None:
-    """The named model behind a hub id such as hf:meta-llama/Llama-2-7b-hf@main: its shape without the network."""
+    """The named model behind a hub id such as hf:meta-llama/Llama-2-7b-chat-hf@main: its shape without the network."""
     kind, colon, rest = path.partition(":")
     if not colon or kind not in ("hf", "modelscope"):
         return None
     name = rest.partition("@")[0].rpartition("/")[2].lower()
-    return find(name) or find(name.removesuffix("-hf"))
+    plain = _SAME_SHAPE.sub("", name)
+    return find(name) or find(plain) or find(f"meta-{plain}")
 
 
 def unknown(name: str) -> UserError:
