@@ -439,6 +439,14 @@ def test_template_names_are_ours():
     assert {*llamafactory.TEMPLATES.values(), *axolotl_data.TEMPLATES.values()} <= shipped
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.yaml", FACTORY), ("a.yml", AXOLOTL), ("a.toml", TITAN)])
+def test_a_file_that_is_trained_as_it_is_names_the_verb(tmp_path, name, text):
+    file = tmp_path / name
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="is another tool's file: `trainwright recipes import"):
+        load_recipe(file)
+
+
 def test_the_verb(tmp_path):
     def run(*words):
         command = [sys.executable, "-m", "trainwright", "recipes", "import", *words]

@@ -72,7 +72,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         layers = _with_bases(layers[0], Path.cwd(), ())
     else:
         path = find(str(source))
-        origin, layers = str(source), _with_bases(read_mapping(path), path.parent, (path,))
+        origin, layers = str(source), _with_bases(_own(path), path.parent, (path,))
     layers += [_override(word) for word in overrides]
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -103,6 +103,14 @@ def find(name: str) -> Path:
     raise UserError(
         f"no recipe {name}: it is neither a file nor a shipped name; {hint}`trainwright recipes` lists them"
     )
+
+
+def _own(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file. Raises UserError for files of other tools, which `recipes import` reads."""
+    values = {} if path.suffix == ".toml" else read_mapping(path)
+    if path.suffix == ".toml" or {"model_name_or_path", "base_model"} & set(values):
+        raise UserError(f"{path} is another tool's file: `trainwright recipes import {path}` makes a recipe of it")
+    return values
 
 
 def read_mapping(path: Path, what: str = "recipe", first: str = "task") -> dict[str, Any]:
