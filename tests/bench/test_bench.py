@@ -91,13 +91,14 @@ def test_rows_of_one_and_of_two_processes(runner):
         [
             {"name": "one"},
             {"name": "two", "gpus": 2, "set": {"train.micro_batch_size": 2}, "align_with": "one", "note": "gloo"},
+            {"name": "other", "set": {"train.seed": 3}, "align_with": "one"},
         ]
     )
     with fresh(runner) as display:
         results = run_cells(runner, asked, "tiny")
-        assert display.begun == ["one", "two"]
-    one, two = results["rows"]
-    for cell, row in zip(asked, (one, two), strict=True):
+        assert display.begun == ["one", "two", "other"]
+    one, two, other = results["rows"]
+    for cell, row in zip(asked, results["rows"], strict=True):
         lines = [json.loads(line) for line in (runner.place(cell) / "run/metrics.jsonl").read_text().splitlines()]
         seconds = [line["step_seconds"] for line in lines[1:]]
         assert len(seconds) == 4
@@ -123,6 +124,7 @@ def test_rows_of_one_and_of_two_processes(runner):
     assert two["aligned"] is True
     assert two["alignment"]["mean_relative_difference"] < 1e-5
     assert two["alignment"]["steps"] == 4
+    assert other["alignment"]["mean_relative_difference"] > 1e-4  # other weights, other rows
     assert json.loads((runner.folder / "results.json").read_text())["rows"] == results["rows"]
 
 
@@ -200,6 +202,35 @@ def test_a_fork_with_an_open_driver_is_unfit(monkeypatch):
     assert not fork_is_fit()
 
 
+FAR = """
+import os, subprocess, sys, time
+from pathlib import Path
+from trainwright.bench import processes
+
+def lead(folder, gpus, *, forked):
+    far = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    (folder / "far").write_text(str(far.pid))
+    if sys.argv[2] == "hangs":
+        time.sleep(60)
+    return 3
+
+processes.lead, processes.fork_is_fit = lead, lambda: True
+processes.prctl(processes.SUBREAPER, 1)
+print(processes.run_tree(Path(sys.argv[1]), 1, 1.0, os.dup(1)))
+"""
+
+
+@pytest.mark.parametrize("how", ["hangs", "leaves"])
+def test_processes_in_sessions_of_their_own_end_too(tmp_path, how):
+    command = [sys.executable, "-c", FAR, str(tmp_path), how]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        told = process.stdout.readline() if process.stdout is not None else ""
+        assert not Path("/proc", (tmp_path / "far").read_text()).exists()
+    assert ("'late': True" in told) is (how == "hangs")
+    assert ("'status': 3" in told) is (how == "leaves")
+
+
 def strike(runner: Runner, number: int, *, youngest: bool = True) -> Callable[[], bool]:
     """Sends a signal to a process of the cell that runs."""
 
@@ -261,6 +292,7 @@ def test_what_cannot_run_says_so(runner):
         row = runner.measure(refused)
         assert row["status"] == "refused"
         assert "loss is" in row["line"] or "gradient" in row["line"]
+        assert runner.kept(refused) is None  # what was mended may run
         runner.gpus = 1
         row = runner.measure(cells([{"name": "large", "gpus": 2}])[0])
         runner.gpus = 0
@@ -329,7 +361,7 @@ def test_find_needs_a_cap_on_a_cpu():
 def test_a_cell_is_known_by_what_decides_it():
     one, renamed, seed, cap, longer = cells(
         [
-            {"name": "a"}, {"name": "b", "note": "other"}, {"name": "c", "set": {"train.seed": 1}},
+            {"name": "a"}, {"name": "b", "note": "other", "set": {"name": "b", "output": "elsewhere"}}, {"name": "c", "set": {"train.seed": 1}},
             {"name": "d", "memory_gib": 1}, {"name": "e", "measured_steps": 5},
         ]
     )  # fmt: skip

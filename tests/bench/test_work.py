@@ -77,3 +77,7 @@ def test_an_accelerator_is_capped_by_its_share(monkeypatch):
     monkeypatch.setattr(work, "device_memory_gib", lambda device: 24.0)
     with pytest.raises(UserError, match="torch cannot cap the memory of cuda"):
         work.cap_memory(12)
+
+
+def test_the_fullest_rank_counts():
+    assert work.fullest([(3.0, None, 1.0), (5.0, None, None), (4.0, None, 0.5)]) == [5.0, None, 1.0]

@@ -15,6 +15,7 @@ import re
 import resource
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def work(folder: Path) -> int:
         trainer.measure()
     except BaseException as error:
         lift(limit)
-        told = account(error, "build" if trainer is None else phase_of(error), cap, limit)
+        told = account(error, "build" if trainer is None else None, cap, limit)
         told |= {"rank": rank, "step": trainer.step if trainer is not None else None}
         write_json(folder / f"failure-{rank}.json", told)
         traceback.print_exception(error)
@@ -81,12 +82,9 @@ class CellTrainer(Trainer):
         config, seq_len = self.sources.config, self.recipe.data.seq_len
         trained = sum(tensor.numel() for tensor in self.model.parameters() if tensor.requires_grad)
         some = None if trained >= config.num_parameters() else trained
-        columns = zip(*peaks, strict=True)
         names = ("peak_memory_gib", "reserved_memory_gib", "standing_memory_gib")
         return {
-            **dict(
-                zip(names, (max((v for v in each if v is not None), default=None) for each in columns), strict=True)
-            ),
+            **dict(zip(names, fullest(peaks), strict=True)),
             "device": device_name(self.world.device),
             "device_memory_gib": device_memory_gib(self.world.device),
             "torch": torch.__version__,
@@ -104,6 +102,11 @@ class CellTrainer(Trainer):
 
 
 # ---- memory
+
+
+def fullest(peaks: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """The largest of each figure over the ranks; None where no rank knows it."""
+    return [max((value for value in each if value is not None), default=None) for each in zip(*peaks, strict=True)]
 
 
 def cap_memory(gib: float) -> int | None:
@@ -164,8 +167,11 @@ def standing_gib(device: torch.device) -> float | None:
 # ---- failures
 
 
-def account(error: BaseException, phase: str, cap: float | None, limit: int | None) -> dict[str, Any]:
-    """What a failure was: its status, one line, and for memory the phase, what was asked and what was free."""
+def account(error: BaseException, phase: str | None, cap: float | None, limit: int | None) -> dict[str, Any]:
+    """What a failure was: its status, one line, and for memory the phase, what was asked and what was free.
+
+    `phase`: None finds it by where the error came from.
+    """
     if error.__cause__ is not None and is_out_of_memory(error.__cause__):  # which the trainer has put into words
         error = error.__cause__
     text = " ".join(str(error).split())
@@ -178,4 +184,10 @@ def account(error: BaseException, phase: str, cap: float | None, limit: int | No
         free = max(0.0, (limit - (mapped_bytes() or limit)) / GIB)
     elif cap is not None and torch.accelerator.is_available():
         free = max(0.0, cap - torch.accelerator.memory_reserved() / GIB)
-    return {"status": "oom", "line": text[:400], "phase": phase, "asked_gib": asked, "free_gib": free}
+    return {
+        "status": "oom",
+        "line": text[:400],
+        "phase": phase or phase_of(error),
+        "asked_gib": asked,
+        "free_gib": free,
+    }
