@@ -48,6 +48,12 @@ def _nf4_code(device: torch.device) -> Tensor:
 
 
 @cache
+def _nf4_pairs(device: torch.device) -> Tensor:
+    """[256, 2]: the two values of a byte."""
+    return torch.cartesian_prod(_nf4_code(device), _nf4_code(device))
+
+
+@cache
 def _dynamic_code(device: torch.device) -> Tensor:
     """The signed dynamic tree type (Dettmers et al. 2022, "8-bit optimizers", section 1.3): seven decades, each with
     twice the values of the one below; 0 and 1."""
@@ -153,8 +159,8 @@ def dequantize_plain(kind: Kind, pieces: Pieces, columns: int, dtype: torch.dtyp
         return (codes.view(torch.int8).float() * (pieces[1] / 127.0)).to(dtype)
     if kind == "fp8":
         return (codes.view(torch.float8_e4m3fn).float() * pieces[1]).to(dtype)
-    pairs = torch.stack([codes >> 4, codes & 15], -1).flatten(-2)
-    values = _nf4_code(codes.device)[pairs.int()].unflatten(-1, (-1, NF4_BLOCK)) * decompress(pieces)[..., None]
+    values = torch.nn.functional.embedding(codes.int(), _nf4_pairs(codes.device)).flatten(-2)
+    values = values.unflatten(-1, (-1, NF4_BLOCK)).mul_(decompress(pieces)[..., None])
     return values.flatten(-2)[..., :columns].to(dtype)
 
 
