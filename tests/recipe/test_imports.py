@@ -415,6 +415,23 @@ def test_a_value_that_a_recipe_refuses_is_mended_on_the_command_line(files):
     assert (recipe.train.micro_batch_size, recipe.data.path) == (4, "real.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "word"),
+    [
+        ("a.toml", TITAN.replace("1.7B", "9.9B"), "model.config=Qwen/Qwen3-4B"),
+        ("a.yaml", "model_name_or_path: a/b\nfinetuning_type: full\n", "data.path=mine.json"),
+        ("a.yaml", "base_model: a/b\nlearning_rate: 1e-5\n", "data.path=mine.json"),
+        ("a.json", '{"model_name_or_path": "x", "sharding": "stage1", "max_steps": 3}', "data.path=corpus"),
+    ],
+)
+def test_what_a_file_lacks_may_stand_behind_it(files, name, text, word):
+    key, _, value = word.partition("=")
+    with pytest.raises(UserError, match=f"; say {key}=... behind the file"):
+        files(name, text)
+    recipe, _ = files(name, text, overrides=[word])
+    assert pick(recipe, key) == [value]
+
+
 def test_null_is_not_there(files):
     text = "base_model: a/b\ndatasets: [{path: x}]\nlearning_rate: 1e-5\n"
     empty = "adapter:\nlora_r:\nmax_steps:\nsequence_len:\nwandb_project:\nfsdp:\nsparkle_motion:\n"

@@ -61,7 +61,8 @@ def import_file(
         raise UserError(f"--kind {kind} is no tool that is read: use {', '.join(TOOLS)}")
     if gpus is not None and gpus < 1:
         raise UserError(f"--gpus {gpus}: say how many processes the file was for, 1 or more")
-    reading = Reading(found, kind, file, gpus, TOOLS[kind].IGNORED)
+    overrides = tuple(overrides)
+    reading = Reading(found, kind, file, gpus, TOOLS[kind].IGNORED, overrides)
     TOOLS[kind].read(reading)
     not_carried = reading.finish()
     try:

@@ -162,11 +162,13 @@ def _read_adapter(reading: Reading) -> None:
 
 def _read_data(reading: Reading, plain: bool) -> None:
     asked = reading.take("pretraining_dataset" if plain else "datasets")
-    entries = asked if isinstance(asked, list) else [asked]
-    if not entries or entries[0] is None:
-        raise reading.refuse("datasets", asked, "it is missing: there is nothing to train on")
+    entries = asked if isinstance(asked, list) else [] if asked is None else [asked]
+    if not entries:
+        reading.needs("datasets", None, "it is missing: there is nothing to train on", "data.path", "data.sources")
     sources = [read_source(reading, entry, plain) for entry in entries]
-    if len(sources) == 1 and set(sources[0]) <= {"path", "format"}:
+    if not sources:
+        pass
+    elif len(sources) == 1 and set(sources[0]) <= {"path", "format"}:
         for key, value in sources[0].items():
             reading.put(f"data.{key}", value)
     else:

@@ -149,9 +149,11 @@ def _read_adapter(reading: Reading) -> None:
 def _read_data(reading: Reading, stage: str) -> None:
     sources = _sources(reading, "dataset")
     if not sources:
-        raise reading.refuse("dataset", None, "it is missing: there is nothing to train on")
+        reading.needs("dataset", None, "it is missing: there is nothing to train on", "data.path", "data.sources")
     _mix(reading, sources)
-    if len(sources) == 1 and set(sources[0]) <= {"path", "format"}:
+    if not sources:
+        pass
+    elif len(sources) == 1 and set(sources[0]) <= {"path", "format"}:
         for key, value in sources[0].items():
             reading.put(f"data.{key}", value)
     else:

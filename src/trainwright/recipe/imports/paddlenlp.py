@@ -131,9 +131,10 @@ def _read_data(reading: Reading, tuning: bool) -> None:
     if not tuning:
         folder = reading.take("input_dir")
         if folder is None:
-            raise reading.refuse("input_dir", None, "it is missing: there is nothing to train on")
-        reading.put("data.path", str(folder))
-        reading.put("data.format", "indexed")
+            reading.needs("input_dir", None, "it is missing: there is nothing to train on", "data.path")
+        else:
+            reading.put("data.path", str(folder))
+            reading.put("data.format", "indexed")
         reading.put("data.seq_len", length)
         parts = [float(part) for part in str(reading.take("split", SPLIT)).split(",")]
         if reading.left.get("do_eval") and len(parts) > 1 and parts[1]:

@@ -66,8 +66,10 @@ class Reading:
         file: Path,
         gpus: int | None,
         ignored: Mapping[str, Ignored],
+        overrides: Iterable[str] = (),
     ) -> None:
         self.kind, self.file, self.gpus = kind, file, gpus
+        self.told = {word.partition("=")[0] for word in overrides}
         self.ignored = ignored
         self.left = {key: value for key, value in found.items() if value is not None}
         self.asked = set(ignored)
@@ -139,6 +141,13 @@ class Reading:
     def drop(self, key: str, value: Any, why: str) -> None:
         """Lists a key that could not be carried."""
         self.dropped.append(NotCarried(key, value, why))
+
+    def needs(self, key: str, value: Any, why: str, *paths: str) -> None:
+        """Refuses what there is no recipe without, unless one of `paths` is given on the command line instead."""
+        if not self.told & set(paths):
+            raise self.refuse(key, value, f"{why}; say {paths[0]}=... behind the file")
+        if value is not None:
+            self.drop(key, value, why)
 
     def refuse(self, key: str, value: Any, why: str) -> UserError:
         """The error for what there is no recipe for at all."""

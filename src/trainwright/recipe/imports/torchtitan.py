@@ -129,7 +129,9 @@ def _read_model(reading: Reading) -> None:
         config = f"Qwen/Qwen3-{flavor}"
     else:
         names = f"llama3 {', '.join(LLAMA3)}, debugmodel; qwen3 {', '.join(QWEN3)}"
-        raise reading.refuse("model", f"{name} {flavor}", f"no such shape is known here: {names}")
+        why = f"no such shape is known here: {names}"
+        reading.needs("model", f"{name} {flavor}", why, "model.config", "model.path")
+        config = None
     start, in_hf = reading.take("checkpoint.initial_load_path"), reading.flag("checkpoint.initial_load_in_hf")
     place = assets or tokenizer
     if in_hf and (start or assets):
