@@ -45,7 +45,7 @@ def test_the_folder_holds_everything(finished):
     names = {path.name for path in result.folder.iterdir()}
     assert names == {
         "recipe.yaml", "environment.json", "metrics.jsonl", "evaluation.jsonl", "answers.json", "checkpoints", "model",
-        "report.html", "loss.png", "tensorboard",
+        "report.html", "loss.png", "planned.json", "tensorboard",
     }  # fmt: skip
     assert [c.step for c in list_checkpoints(result.folder / "checkpoints")] == [20]
     assert result.stopped is None
