@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 
 from trainwright.bench import result
 from trainwright.bench.cell import Cell, cells_of, expected_seconds, here, predict
-from trainwright.bench.find import check_find, find_limit, search
+from trainwright.bench.find import check_find, find_limit, planned_limit, probe, search
 from trainwright.bench.matrix import Matrix
 from trainwright.bench.processes import Ended, descendants, fork_is_fit, forks_would_be_fit
 from trainwright.bench.runner import Runner, run_cells
 from trainwright.cli import main
 from trainwright.errors import UserError
+from trainwright.planner.hardware import cluster_of
 from trainwright.recipe.show import to_yaml
 
 TINY = {
@@ -331,12 +332,14 @@ def test_a_search_that_meets_something_else_ends():
 
 
 def test_a_limit_is_found_by_running(runner):
-    cell = cells([{"name": "limit", "memory_gib": 0.1, "set": {"data.seq_len": 256, "train.global_batch_size": 64}}])[0]
+    cell = cells([{"name": "limit", "memory_gib": 0.1, "set": {"data.seq_len": 1024, "train.global_batch_size": 64}}])[
+        0
+    ]
     with fresh(runner) as display:
         row = find_limit(cell, "max_micro_batch", runner.measure)
         found = row["find"]
         assert (row["name"], row["status"], row["micro_batch_size"]) == ("limit", "ok", found["limit"])
-        assert found["limit"] >= 4
+        assert found["limit"] >= 1
         assert found["next"] - found["limit"] <= max(1, found["limit"] // 64)
         assert found["next_phase"] in ("loss", "backward", "optimizer", "build")
         statuses = {each["size"]: each["status"] for each in found["probes"]}
@@ -344,6 +347,31 @@ def test_a_limit_is_found_by_running(runner):
         probes = len(display.begun)
         assert find_limit(cell, "max_micro_batch", runner.measure)["find"] == found
         assert len(display.begun) == probes  # every probe was kept
+
+
+@pytest.mark.parametrize("what", ["max_micro_batch", "max_seq_len"])
+def test_a_search_starts_where_the_planner_sees_the_limit(monkeypatch, what):
+    cluster = cluster_of("H200", 1, memory_gib=2.0)
+    monkeypatch.setattr("trainwright.bench.find.here", lambda gpus, cap: cluster)
+    cell = cells([{"name": "a", "memory_gib": 2.0}])[0]
+    unit = 1 if what == "max_micro_batch" else 64
+    planned = planned_limit(cell, what, unit)
+    assert planned is not None
+    assert planned > 10 * unit
+    made = [predict(probe(cell, what, size), cluster) for size in (planned, planned + max(unit, planned // 32))]
+    assert [each is not None and each.fits for each in made] == [True, False]
+    asked: list[int] = []
+
+    def measure(each: Cell) -> dict[str, Any]:
+        recipe = each.recipe
+        asked.append(recipe.data.seq_len if what == "max_seq_len" else int(recipe.train.micro_batch_size))
+        fits = asked[-1] <= planned
+        return {"status": "ok"} if fits else {"status": "oom", "oom": {"short_gib": 0.5, "phase": "loss"}}
+
+    found = find_limit(cell, what, measure)["find"]
+    assert asked[0] == found["planned"] == found["limit"] == planned
+    assert len(asked) < 12
+    assert (found["next_short_gib"], found["next_phase"]) == (0.5, "loss")
 
 
 def test_find_needs_a_cap_on_a_cpu():
@@ -361,8 +389,8 @@ def test_find_needs_a_cap_on_a_cpu():
 def test_a_cell_is_known_by_what_decides_it():
     one, renamed, seed, cap, longer = cells(
         [
-            {"name": "a"}, {"name": "b", "note": "other", "set": {"name": "b", "output": "elsewhere"}}, {"name": "c", "set": {"train.seed": 1}},
-            {"name": "d", "memory_gib": 1}, {"name": "e", "measured_steps": 5},
+            {"name": "a"}, {"name": "b", "note": "other", "set": {"name": "b", "output": "elsewhere"}},
+            {"name": "c", "set": {"train.seed": 1}}, {"name": "d", "memory_gib": 1}, {"name": "e", "measured_steps": 5},
         ]
     )  # fmt: skip
     assert one.key("CPU") == renamed.key("CPU")
