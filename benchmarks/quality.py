@@ -1,11 +1,11 @@
-"""What fewer bits of a frozen base cost in quality: LoRA on a real model, its base in full precision, nf4, int8 and fp8.
+"""What fewer bits of a frozen base cost in quality: LoRA on a real model, its base whole, in nf4, int8 and fp8.
 
     python benchmarks/quality.py [--steps 200] [--formats full,nf4,int8,fp8] [--tokens 128] [--rows 1]
 
-SmolLM2-135M-Instruct (fetched as `tests/smollm2.py` does) learns the shipped arithmetic problems with adapters of rank 16
-on all linear layers: the same rows in the same order, the same adapters at the start, float32 on a CPU. Printed as it is
-measured: mean training loss of the last tenth of the steps, loss of the held-out split before and after, and how far
-each is from full precision's. The bound is 1%.
+SmolLM2-135M-Instruct (fetched as `tests/smollm2.py` does) learns the shipped arithmetic problems, every token of them,
+with adapters of rank 16 on all linear layers: the same rows in the same order, the same adapters at the start, float32
+on a CPU. Printed as it is measured: mean training loss of the last tenth of the steps, loss of the held-out split
+before and after, and how far each is from full precision's. The bound is 1%.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Whole runs with adapters: what is trained, what is kept, how they go on, and that they learn in every format."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from trainwright.adapt.peft import adapters_of
 from trainwright.errors import UserError
 from trainwright.model.checkpoint import load_model, save_model
 from trainwright.recipe.load import load_recipe
+from trainwright.recipe.show import to_yaml
 from trainwright.train.metrics import read_lines
 from trainwright.train.trainer import Trainer, train
 
@@ -68,6 +72,37 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, base):
     trainer.run()
     trainer.close()
     assert losses(train(first, resume=True)) == whole
+
+
+KILLED = """
+import os, signal, sys
+from trainwright.recipe.load import load_recipe
+from trainwright.train.trainer import Trainer
+trainer = Trainer(load_recipe(sys.argv[1]))
+step = trainer.take_step
+def take_step(*arguments):
+    if trainer.step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments)
+trainer.take_step = take_step
+trainer.run()
+"""
+
+
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, base):
+    changes = {"adapter": LORA | {"dropout": 0.1}, "checkpoint": {"every": 3}}
+    whole = train(recipe(tmp_path / "whole", base, "quantize=nf4", "train.optimizer=adamw8bit", **changes))
+    killed = recipe(tmp_path / "killed", base, "quantize=nf4", "train.optimizer=adamw8bit", **changes)
+    file = tmp_path / "killed.yaml"
+    file.write_text(to_yaml(killed, comments=False), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(file)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    result = train(killed, resume=True)
+    assert losses(result) == losses(whole)
+    names = [result.model / "adapter_model.safetensors", whole.model / "adapter_model.safetensors"]
+    one, other = map(load_file, names)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_going_on_from_an_adapter_folder(tmp_path, base):

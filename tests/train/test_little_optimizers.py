@@ -148,3 +148,44 @@ def test_every_name_of_the_recipe_is_built(name):
     model(torch.ones(4, 128)).sum().backward()
     optimizers.step(torch.ones(()), torch.zeros(()))
     assert not torch.equal(before, model.weight)
+
+
+def one_step(name, rate=0.01, shape=(64, 128)):
+    """(weight before, gradient, weight after) of one step of the recipe's optimizer on a layer's matrix, no decay."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.Linear(shape[1], shape[0], bias=False)  # Muon takes what is called layers.*
+    optimizers = build_optimizer(model, name, betas=(0.95, 0.95), eps=1e-8, weight_decay=0.0)
+    optimizers.set_learning_rate(rate)
+    weight = model.layers.weight
+    weight.grad = torch.randn(shape)
+    before, grad = weight.detach().clone(), weight.grad.clone()
+    optimizers.step(torch.ones(()), torch.zeros(()))
+    return before, grad, weight.detach()
+
+
+def test_muon_steps_along_the_orthogonal_matrix_next_to_the_gradient():
+    before, grad, after = one_step("muon")
+    step = (before - after) / 0.01
+    u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+    size = 0.2 * 128**0.5  # Liu et al. 2025, equation 4: as large as AdamW's
+    sizes = torch.linalg.svdvals(step) / size
+    assert sizes.min() > 0.6  # five Newton-Schulz steps bring singular values near 1, not to 1
+    assert sizes.max() < 1.3
+    assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ vh).flatten(), 0) > 0.98
+
+
+def test_adafactor_by_hand():
+    """Shazeer & Stern 2018, algorithm 4, first step: the second moment is the rank-one fit of the squared gradient."""
+    before, grad, after = one_step("adafactor")
+    squares = grad.square()
+    fit = squares.mean(1, keepdim=True) * squares.mean(0, keepdim=True) / squares.mean()
+    update = grad / fit.sqrt()
+    update /= max(1.0, float(update.square().mean().sqrt()))
+    rate = 0.01 * max(1e-3, float(before.square().mean().sqrt()))
+    torch.testing.assert_close(after, before - rate * update, atol=1e-7, rtol=1e-4)
+
+
+def test_adamw_by_hand():
+    before, grad, after = one_step("adamw")
+    torch.testing.assert_close(after, before - 0.01 * grad.sign(), atol=1e-6, rtol=1e-4)
