@@ -195,12 +195,17 @@ def slice_rows(kind: Kind, pieces: Pieces, begin: int, end: int) -> Pieces:
 
 def fp8_linear(x_MI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
     """x W^T [M, O] in x's dtype with both sides in float8_e4m3fn: W a scale a row, x too, found as it comes."""
+    if _without_fp8(x_MI):
+        return x_MI @ dequantize_plain("fp8", [codes_OI, scale_O1], x_MI.shape[1], x_MI.dtype).t()
     codes, scale_M1 = _fp8_rows(x_MI)
-    return _fp8_product(codes, scale_M1, codes_OI.view(torch.float8_e4m3fn).t(), scale_O1.t(), x_MI.dtype)
+    # Sums in the matrix unit's own, narrower registers: usual forward, not for gradients.
+    return _fp8_product(codes, scale_M1, codes_OI.view(torch.float8_e4m3fn).t(), scale_O1.t(), x_MI.dtype, fast=True)
 
 
 def fp8_linear_backward(grad_MO: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
     """grad W [M, I] likewise. W's scales run along the summed dim: they go into the gradient before it is rounded."""
+    if _without_fp8(grad_MO):
+        return grad_MO @ dequantize_plain("fp8", [codes_OI, scale_O1], codes_OI.shape[1], grad_MO.dtype)
     codes, scale_M1 = _fp8_rows(grad_MO, scale_O1.flatten())
     # The matrix unit wants the summed dim of both sides to be contiguous.
     kernel = _triton("transpose_bytes", codes_OI, codes_OI.shape[1])
@@ -218,9 +223,22 @@ def _fp8_rows(x_MK: Tensor, factor_K: Tensor | None = None) -> tuple[Tensor, Ten
     return codes.view(torch.float8_e4m3fn), scale_M1
 
 
-def _fp8_product(a_MK: Tensor, scale_M1: Tensor, b_KN: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
+def _without_fp8(x: Tensor) -> bool:
+    """Whether this is a card whose matrix unit knows no fp8: there the base is unpacked and computed with as it is."""
+    return x.is_cuda and not _has_fp8(x.device)
+
+
+@cache
+def _has_fp8(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _fp8_product(
+    a_MK: Tensor, scale_M1: Tensor, b_KN: Tensor, scale_1N: Tensor, dtype: torch.dtype, fast: bool = False
+) -> Tensor:
     if a_MK.is_cuda and dtype == torch.bfloat16 and not (a_MK.shape[1] % 16 or b_KN.shape[1] % 16):
-        return torch._scaled_mm(a_MK, b_KN, scale_a=scale_M1, scale_b=scale_1N.contiguous(), out_dtype=dtype)
+        scales = {"scale_a": scale_M1, "scale_b": scale_1N.contiguous()}
+        return torch._scaled_mm(a_MK, b_KN, **scales, out_dtype=dtype, use_fast_accum=fast)
     return ((a_MK.float() @ b_KN.float()) * scale_M1 * scale_1N).to(dtype)
 
 

@@ -51,6 +51,7 @@ def _int8_kernel(codes, absmax, out, columns, WIDTH: tl.constexpr):
 
 def dequantize(kind: Kind, pieces: Pieces, columns: int, dtype: torch.dtype) -> Tensor:
     """`quantized.dequantize_plain` in one kernel; `columns` is a multiple of 64."""
+    pieces = [piece.contiguous() for piece in pieces]
     codes = pieces[0]
     if kind == "fp8":
         return quantized.dequantize_plain(kind, pieces, columns, dtype)
