@@ -100,7 +100,9 @@ def steps(case: Case, folder: str | None = None) -> tuple[list[float], dict[str,
         own = every[world.data_rank :: case.layout.data_ranks]
         losses.append(take([Batch(**vars(rows)) for rows in own], 1e-2).loss)
     if folder is not None:
-        write_adapter(model.config, WholeWeights(model, world), folder, write=world.is_main)
+        whole, asked = WholeWeights(model, world), []
+        write_adapter(model.config, lambda name: asked.append(name) or whole(name), folder, write=world.is_main)
+        assert all(name.endswith(("lora_a", "lora_b", "magnitude")) for name in asked)  # the base stays where it is
     return losses, found
 
 

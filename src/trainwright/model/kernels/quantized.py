@@ -97,7 +97,7 @@ def quantize(kind: Kind, weight: Tensor, *, double: bool = True, device: torch.d
     flat = weight.reshape(-1, columns)
     step = max(1, _ROWS_NUMEL // columns)
     by_rows = {"nf4": _to_nf4, "int8": _to_int8, "fp8": _to_fp8}[kind]
-    parts = [by_rows(rows.to(device).float()) for rows in flat.split(step)]
+    parts = [by_rows(rows.to(device).float().contiguous()) for rows in flat.split(step)]
     codes, scale = (torch.cat(part).view(*weight.shape[:-1], -1) for part in zip(*parts, strict=True))
     if kind != "nf4" or not double:
         return [codes, scale]
