@@ -77,7 +77,7 @@ class GraphedPasses:
         for parameter in self.trained:
             parameter.grad = None  # so that the graph writes gradients and adds to none
         graph = module.CUDAGraph()
-        with module.graph(graph):
+        with module.graph(graph, capture_error_mode="thread_local"):  # the loader's thread pins memory meanwhile
             output = model(**fixed)
             share(output, own_count).backward()
             loss_sum = output.loss_sum.detach()
