@@ -74,6 +74,17 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, base):
     assert losses(train(first, resume=True)) == whole
 
 
+def test_fewer_bits_cost_less_than_a_hundredth_of_the_loss(tmp_path, base):
+    """The short form of benchmarks/quality.py, which does it with a real model for 200 steps."""
+    after = {}
+    for quantize in ("null", "nf4", "int8", "fp8"):
+        settings = recipe(tmp_path / quantize, base, f"quantize={quantize}", "train.steps=40")
+        after[quantize] = held_out(train(settings), "after")
+    for quantize, loss in after.items():
+        assert loss == pytest.approx(after["null"], rel=0.01), quantize
+    assert len(set(after.values())) == 4
+
+
 KILLED = """
 import os, signal, sys
 from trainwright.recipe.load import load_recipe
