@@ -19,6 +19,7 @@ OK: dict[str, Any] = {
     "tokens_per_second_per_gpu": 12345.678, "samples_per_second": 1.507, "seconds_per_sample": 0.6636, "mfu": 0.5123,
     "tflops": 506.9, "peak_memory_gib": 61.25, "step_seconds": 1.327, "step_seconds_spread": 0.0123, "loss": 9.87654,
     "predicted_memory_gib": 60.0, "memory_error": -0.0204, "missed": [], "aligned": True,
+    "alignment": {"with": "b", "mean_relative_difference": 0.000123},
     "beside": {"system": "X", "device": "A100-80", "gpus": 8, "mfu": 0.4, "speed_ratio": 2.0, "mfu_ratio": 1.28},
 }  # fmt: skip
 OOM: dict[str, Any] = {
@@ -49,6 +50,7 @@ def test_markdown():
     assert first["row"] == "a | b"
     assert (first["length"], first["tokens/s/GPU"], first["MFU"]) == ("8,192", "12,346", "51.2%")
     assert (first["GiB"], first["loss"], first["aligned"], first["error"]) == ("61.2", "9.8765", "yes", "-2.0%")
+    assert first["losses apart"] == "0.012%"
     results = [dict(zip(heads, row, strict=True))["result"] for row in rows]
     assert results == ["ok", "OOM in backward, 1.23 GiB short", "ok", "crashed: ended by SIGKILL"]
     assert "| a \\| b | X | A100-80 | 8 |" in text

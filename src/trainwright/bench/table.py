@@ -82,6 +82,7 @@ COLUMNS = (
     Column("cap GiB", "memory_cap_gib", gib),
     Column("loss", "loss", "{:.4f}".format),
     Column("aligned", "aligned", yes),
+    Column("losses apart", "alignment.mean_relative_difference", "{:.3%}".format),
     Column("step s", "step_seconds", significant(4)),
     Column("± s", "step_seconds_spread", significant(2)),
     Column("planned GiB", "predicted_memory_gib", gib),
