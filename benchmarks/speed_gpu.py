@@ -35,6 +35,10 @@ SMALL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 8,
     "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 320, "max_position_embeddings": 4096,
 }  # fmt: skip
+SMALL_MOE = {
+    **SMALL, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}  # fmt: skip
 TITAN_MEMORY = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"}
 TITAN_NONE = {"activation_checkpoint.mode": "none"}
 TITAN_FP8 = {
@@ -168,7 +172,7 @@ def ours(row: Row, words: str, options: argparse.Namespace) -> dict[str, Any]:
         "task": "pretrain",
         "output": str(options.folder / "runs"),
         "model": {
-            "config": SMALL if options.small else row.model,
+            "config": (SMALL_MOE if row.model == MOE else SMALL) if options.small else row.model,
             "tokenizer": "byte",
             "overrides": overrides | ({"num_hidden_layers": layers} if layers and not options.small else {}),
         },

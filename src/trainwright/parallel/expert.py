@@ -56,6 +56,7 @@ class Journey:
     def __init__(self, inner: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGroup) -> None:
         self.inner, self.group = inner, group
 
+    @torch.compiler.disable  # each step has other numbers of rows, and each would be compiled anew
     def __call__(self, x_MH: Tensor, counts_E: Tensor) -> Tensor:
         come_RE = self._announce(counts_E)
         leave_R = counts_E.view(self.group.size(), -1).sum(1)

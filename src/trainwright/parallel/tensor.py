@@ -46,8 +46,6 @@ from trainwright.parallel.collectives import (
 )
 from trainwright.parallel.layout import kv_heads_of_rank
 
-TOKENS = 1  # the dim of a [B, S, H] stream that is split
-
 
 @dataclass(frozen=True)
 class Place:
@@ -357,33 +355,42 @@ class _OwnSlopes:
 
 
 class _Stream:
-    """Whether the stream between the layers' parts is split: in generation, a token cannot be."""
+    """The stream between the layers' parts: the tokens of all rows in one line, [B S / ranks, H], so that what is
+    gathered and scattered lies as it is sent, whatever B is. Whole, [B, S, H], where they do not divide (generation).
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        self.group, self.ranks, self.is_split = mesh.get_group(), mesh.size(), True
+        self.group, self.ranks, self.is_split, self.rows = mesh.get_group(), mesh.size(), True, 1
 
     def begin(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens = args[0].shape[TOKENS]
-        self.is_split = tokens % self.ranks == 0
+        self.rows, tokens = args[0].shape[:2]
+        self.is_split = self.rows * tokens % self.ranks == 0
         if not self.is_split and torch.is_grad_enabled():
             raise UserError(
                 f"{tokens} tokens a rank do not divide by parallel.tp={self.ranks}: choose a data.seq_len that is a "
                 "multiple of cp x tp"
             )
-        return (split(args[0], TOKENS, self.group), *args[1:]) if self.is_split else args
+        return (split(args[0].flatten(0, 1), 0, self.group), *args[1:]) if self.is_split else args
 
     def end(self, _: nn.Module, __: Any, out: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        return (gather(out[0], TOKENS, self.group), *out[1:]) if self.is_split else out
+        return (self._in_rows(gather(out[0], 0, self.group)), *out[1:]) if self.is_split else out
 
-    def enter(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (gather_partial(args[0], TOKENS, self.group), *args[1:]) if self.is_split else args
+    def enter(self, part: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Attention sees rows; for the others a token is a token, and a matmul follows its gather at once."""
+        if not self.is_split:
+            return args
+        whole = gather_partial(args[0], 0, self.group)
+        return (self._in_rows(whole) if isinstance(part, Attention) else whole, *args[1:])
 
     def leave(self, _: nn.Module, __: Any, out: Tensor) -> Tensor:
-        return scatter_sum(out, TOKENS, self.group) if self.is_split else sum_partial(out, self.group)
+        return scatter_sum(out.flatten(0, -2), 0, self.group) if self.is_split else sum_partial(out, self.group)
 
     def leave_experts(self, module: nn.Module, args: Any, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Every rank has the whole router statistics, so the gradient that comes through them is not partial."""
         return self.leave(module, args, out[0]), scale_gradient(out[1], 1 / self.ranks)
+
+    def _in_rows(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self.rows, -1))
 
 
 def _split_tokens(model: Transformer, mesh: DeviceMesh) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainwright.model.ffn import Mlp
 from trainwright.parallel.recompute import checkpointed
 
-TOKENS = 1  # the dim of [B, S, H] that is cut
+TOKENS = -2  # the dim of [..., S, H] that is cut
 
 
 def apply_tiles(layers: Iterable[nn.Module], tokens: int, compile_: Callable[..., Any] | None = None) -> None:
@@ -33,9 +33,9 @@ def apply_tiles(layers: Iterable[nn.Module], tokens: int, compile_: Callable[...
 
 
 def _tiled(piece: Callable[[Tensor], Tensor], tokens: int) -> Callable[[Tensor], Tensor]:
-    def forward(x_BSH: Tensor) -> Tensor:
-        if x_BSH.shape[TOKENS] <= tokens:
-            return piece(x_BSH)
-        return torch.cat([piece(part) for part in x_BSH.split(tokens, TOKENS)], TOKENS)
+    def forward(x: Tensor) -> Tensor:
+        if x.shape[TOKENS] <= tokens:
+            return piece(x)
+        return torch.cat([piece(part) for part in x.split(tokens, TOKENS)], TOKENS)
 
     return forward
