@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -310,12 +309,34 @@ def test_the_best_layout_is_written_as_a_recipe(file, tmp_path):
     assert "exists" in str(refused.exception)
 
 
-def test_it_answers_in_two_seconds_without_torch(file):
-    words = ["plan", file, "--gpu", "H200", "--gpus", "64", "--json"]
-    code = f"import sys; from trainwright.cli import app; app({words!r}, standalone_mode=False)"
-    check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
-    start = time.process_time(), time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True)
-    assert done.stderr.strip().splitlines()[-1] == "False"
-    assert json.loads(done.stdout)["fits"]
-    assert time.perf_counter() - start[1] < 20  # a loaded machine; alone it takes half a second
+HUGE = ["model.config=meta-llama/Llama-3.1-405B", "parallel.tp=8", "parallel.pp=16", "parallel.zero=1"]
+HUGE += ["parallel.recompute=full", "train.micro_batch_size=1", "train.global_batch_size=2048"]
+WITHOUT_TORCH = """
+import json, sys, time
+sys.modules["torch"] = None  # whoever imports it fails
+from trainwright.cli import app
+try:
+    app(json.loads(sys.argv[1]), standalone_mode=False)
+except SystemExit as end:
+    assert not end.code, end.code
+print(time.process_time(), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        (["--gpu", "H200", "--gpus", "64"], 2),
+        ([*HUGE, "--gpu", "H100", "--gpus", "16384"], 2),
+        ([*HUGE, "--gpu", "H100", "--gpus", "16384", "--search"], 10),
+    ],
+    ids=["8B on 64", "405B on 16384", "search of 16384"],
+)
+def test_it_answers_at_once_without_torch(words, seconds, file):
+    """Processor time, since the machine may have other work."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(["plan", file, *words, "--json"])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.get("fits") or found["candidates"][0]["fits"]
+    assert float(done.stderr.strip().splitlines()[-1]) < seconds

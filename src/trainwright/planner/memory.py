@@ -138,7 +138,7 @@ class _Walk:
         self.device = "cpu" if job.cluster.card.name == "CPU" else "gpu"
 
     def run(self) -> StageMemory:
-        moments = [*self._step(), self._optimizer(), self._evaluation(), self._save()]
+        moments = [*self._step(), *self._gather(), self._optimizer(), self._evaluation(), self._save()]
         return StageMemory(self.stage, self.states, tuple(moments))
 
     def _whole(self, *, trained: bool = False) -> int:
@@ -315,6 +315,16 @@ class _Walk:
         """The stream as the last norm keeps it, that norm's output, and its gradient that the loss makes."""
         stream = self.job.stream_tokens * self.job.config.hidden_size * self.program.stream
         return stream + 2 * self.job.tokens * self.job.config.lm_head.in_features * self.program.compute
+
+    def _gather(self) -> list[Moment]:
+        """The start of a later micro batch: what was gathered stands beside the flat buffer that it came in."""
+        job = self.job
+        if not job.fsdp:
+            return []
+        sizes = [group_bytes(job, group) for group in self.groups]
+        buffer = max([whole_bytes(job, self.outer), *sizes])
+        parts = self._base(gradients=False) | self._accumulated() | self._gathered(backward=True)
+        return [Moment("gather", parts | {"gather buffer": buffer})]
 
     def _optimizer(self) -> Moment:
         """States and gradients, and what an optimizer that is not fused copies."""
