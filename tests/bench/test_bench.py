@@ -30,6 +30,7 @@ from trainwright.cli import main
 from trainwright.errors import UserError
 from trainwright.planner.hardware import cluster_of
 from trainwright.recipe.show import to_yaml
+from trainwright.train.build import build_schedule
 
 TINY = {
     "title": "tiny", "recipe": "quickstart", "made": True, "warmup_steps": 1, "measured_steps": 4,
@@ -398,6 +399,19 @@ def test_a_cell_is_known_by_what_decides_it():
     assert one.recipe.train.steps == 5
     assert one.recipe.data.path.startswith("made:tokens?rows=20&length=64")
     assert one.recipe.checkpoint.every == one.recipe.evaluation.generate == 0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 0.03, 0.7, 1, 4, 5, 100])
+@pytest.mark.parametrize("decay", [0, 0.1, 0.9, 1, 3, 100])
+def test_a_schedule_longer_than_the_cell_is_cut(schedule, warmup, decay):
+    told = {"train.schedule": schedule, "train.warmup": warmup, "train.decay": decay}
+    for steps in (1, 4, 200):
+        train = cells([{"name": "a", "set": told, "warmup_steps": 0, "measured_steps": steps}])[0].recipe.train
+        made = build_schedule(train, steps)  # refuses what is too long
+        if warmup + decay <= steps and warmup >= 1 and decay >= 1:
+            assert (made.warmup, made.decay) == (warmup, decay)
+        assert made.at(steps - 1) > 0
 
 
 def test_the_planner_never_breaks_a_bench(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -108,10 +109,20 @@ def cell_of(setting: Setting) -> Cell:
 
 
 def _for_bench(recipe: Recipe, steps: int) -> Recipe:
-    """`steps` steps and nothing else: no held-out data, no checkpoints, no trackers."""
+    """`steps` steps and nothing else: no held-out data, no checkpoints, no trackers.
+
+    A warm-up or a decay that is longer than these steps is cut to them.
+    """
+    train = recipe.train
+    asked = [math.ceil(value * steps) if value < 1 else round(value) for value in (train.warmup, train.decay)]
+    rising = min(asked[0], steps)
     change: dict[str, Any] = {
         "name": "run", "description": "",
-        "train": {"steps": steps, "epochs": None, "tokens": None, "resume": False},
+        "train": {
+            "steps": steps, "epochs": None, "tokens": None, "resume": False,
+            "warmup": train.warmup if asked[0] == rising else rising,
+            "decay": train.decay if rising + asked[1] <= steps else steps - rising,
+        },
         "data": {"validation": 0.0},
         "evaluation": {"every": 0, "generate": 0},
         "checkpoint": {"every": 0, "keep_every": 0},
