@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -193,6 +194,13 @@ def test_advice_fits_and_says_its_cost():
         assert again.memory.free / GIB == pytest.approx(change.free_gib, abs=0.01)
 
 
+def test_a_processor_has_no_other_memory_to_wait_in():
+    made = plan(recipe(), replace(cluster_of("cpu", 2), card=replace(card_named("cpu"), memory_gib=40.0)))
+    assert not made.fits
+    assert made.advice
+    assert not any("offload" in change.what for change in made.advice)
+
+
 def test_no_advice_for_what_fits():
     assert plan(recipe(), cluster_of("H200", 8)).advice == []
 
@@ -260,8 +268,6 @@ def test_own_measurements_come_first(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAINWRIGHT_CALIBRATION", str(tmp_path))
     shipped = load_calibration(card_named("H200"))
     assert shipped.measured
-    from dataclasses import replace
-
     path = write_calibration(replace(shipped, source="this machine", matmul={"bf16": 0.5}))
     assert read_calibration(path).matmul == {"bf16": 0.5}
     assert load_calibration(card_named("H200")).source == "this machine"

@@ -190,9 +190,8 @@ def _candidates(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
             degree = getattr(layout, axis) * factor
             if layout.dp_shard % factor == 0 and degree <= (job.cluster.gpus_per_node if axis == "tp" else 64):
                 keep.append({f"parallel.{axis}": degree, "train.global_batch_size": job.global_batch})
-    for what in ("optimizer", "all"):
-        if parallel.offload == "none":
-            keep.append({"parallel.offload": what})
+    if parallel.offload == "none" and job.cluster.card.name != "CPU":  # whose memory is the host's
+        keep += [{"parallel.offload": what} for what in ("optimizer", "all")]
     for factor in (2, 4, 8, 16):
         keep.append({"gpus": job.cluster.gpus * factor})
     other: list[dict[str, Any]] = []
