@@ -162,9 +162,12 @@ def exact() -> str:
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
-    rows = [[each.elts[0].value, f"`{ast.unparse(each.elts[1])}`"] for each in found["LAYOUTS"].elts]
+    rows = [[each.elts[0].value, f"`{ast.unparse(each.elts[1])}`", "all"] for each in found["LAYOUTS"].elts]
+    for each in found["ADAPTED"].elts:
+        how = ", ".join(f"{key} {value}" for key, value in ast.literal_eval(each.elts[2]).items())
+        rows.append([each.elts[0].value, f"`{ast.unparse(each.elts[1])}`", f"adapters, {how.replace(' True', '')}"])
     families = ", ".join(each.value for each in found["FAMILIES"].elts)
-    return f"{table('model | layout', rows)}\n\nOne process, every family: {families}."
+    return f"{table('model | layout | trained', rows)}\n\nOne process, every family: {families}."
 
 
 TABLES: dict[str, Callable[[], str]] = {"published": published, "measured": measured, "exact": exact}

@@ -1,5 +1,7 @@
 """Weights, gradients and optimizer states: predicted and really allocated bytes are equal, on every rank."""
 
+from functools import partial
+
 import pytest
 
 from tests.parallel.models import MODELS
@@ -91,4 +93,22 @@ def test_every_rank_of_every_layout(model, layout):
     case = Case(model, layout)
     job = job_of(case, tree(case))
     for rank, found in enumerate(run(layout.world_size, allocated, case)):
+        check(job, found, rank)
+
+
+ADAPTED = [
+    ("llama", Layout(2, zero=3), {"quantize": "nf4"}),
+    ("llama", Layout(2, zero=0), {"quantize": "int8"}),
+    ("llama", Layout(2, tp=2), {"quantize": "fp8"}),
+    ("llama", Layout(2, tp=2), {"dora": True}),
+    ("bloom", Layout(2, pp=2), {"quantize": "nf4"}),
+    ("mixtral", Layout(4, ep=2), {"quantize": "int8"}),
+]
+
+
+@pytest.mark.parametrize(("model", "layout", "how"), ADAPTED, ids=lambda value: str(value))
+def test_adapters_on_every_rank_of_a_layout(model, layout, how):
+    case = Case(model, layout)
+    job = job_of(case, tree(case, rank=4, **how), precision="bf16")
+    for rank, found in enumerate(run(layout.world_size, partial(allocated, precision="bf16", rank=4, **how), case)):
         check(job, found, rank)
