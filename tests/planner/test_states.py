@@ -41,9 +41,10 @@ def test_one_process(model):
     check(job_of(case, tree(case)), allocated(case))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "adafactor"])
-def test_optimizers(optimizer):
-    case = Case("mixtral", Layout())
+@pytest.mark.parametrize("model", ["mixtral", "golden:llama"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd"])
+def test_optimizers(model, optimizer):
+    case = Case(model, Layout())
     check(job_of(case, tree(case), optimizer=optimizer), allocated(case, optimizer))
 
 
