@@ -8,7 +8,7 @@ both sides: tokens a second and GPU over the measured steps, the ratio to the pe
 FLOPs over the card's dense bf16 peak, also for fp8), seconds of a step, peak allocated memory, and the seconds from
 the start of Python to the end of the first step. Compiled programs are kept between the lines. `--layers` shrinks the
 models. torchtitan 0.2.2 must be where Python finds it, with torchdata, tyro, docstring_parser, typeguard, and torchao
-for fp8.
+for fp8. The row of one GPU has transformers + Liger + bitsandbytes beside it instead.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ LLAMA3, LLAMA2, MOE = "meta-llama/Meta-Llama-3-8B", "meta-llama/Llama-2-7b", "Qw
 SMALL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 8,
     "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 320, "max_position_embeddings": 4096,
+}  # fmt: skip
+LLAMA3_KEYS: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
 SMALL_MOE = {
     **SMALL, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
@@ -73,6 +78,7 @@ class Row:
     gpus: int | None = None  # else as asked
     layers: int | None = None
     peer: tuple[str, str] = ("llama3", "8B")
+    hf: str = ""
 
 
 def micro(size: int, rows: int | None = None) -> str:
@@ -137,13 +143,14 @@ ROWS: dict[str, Row] = {
         limit=560,
         layers=8,
     ),
-    # 80
+    # 150
     "1gpu": Row(
         {
             "8 bit AdamW, selective": f"{LEAN} parallel.recompute=selective parallel.recompute_memory=12 {micro(1)}",
             "8 bit AdamW, full recompute": f"{LEAN} parallel.recompute=full {micro(1)}",
         },
         gpus=1,
+        hf="transformers + Liger, 8 bit AdamW, full recompute",
     ),
     # 70
     "llama2": Row({"TP2 x ZeRO-2": f"parallel.tp=2 parallel.zero=2 {micro(4)}"}, model=LLAMA2, seq_len=4096),
@@ -208,6 +215,14 @@ def titan(row: Row, settings: dict[str, Any], options: argparse.Namespace) -> di
     }
 
 
+def transformers(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """What `peers/hf_full.py` reads."""
+    warm, measured = steps_of(row, options)
+    layers = {"num_hidden_layers": options.layers} if options.layers else {}
+    keys = SMALL if options.small else {**LLAMA3_KEYS, **layers}
+    return {"keys": keys, "seq_len": 128 if options.small else row.seq_len, "warm": warm, "steps": warm + measured}
+
+
 def steps_of(row: Row, options: argparse.Namespace) -> tuple[int, int]:
     return (2, 2) if options.small else row.steps
 
@@ -256,6 +271,8 @@ def lines(options: argparse.Namespace) -> Iterator[tuple[str, str, str, list[str
         row = ROWS[name]
         for who, settings in row.titan.items() if "titan" in options.sides else ():
             yield name, "titan", who, [str(HERE / "peers" / "titan.py")], titan(row, settings, options), row
+        if row.hf and "titan" in options.sides:
+            yield name, "peer", row.hf, [str(HERE / "peers" / "hf_full.py")], transformers(row, options), row
         for who, words in row.ours.items() if "ours" in options.sides else ():
             if not options.only or options.only in who:
                 yield name, "ours", who, [__file__, "--worker"], ours(row, words, options), row
@@ -333,7 +350,7 @@ def main() -> int:
             print(f"{name:<9} {side + ' ' + who:<44} {found['error']}  ({log})", flush=True)
             continue
         rate = found["tokens_per_second_per_gpu"]
-        if side == "titan":
+        if side != "ours":
             best[name] = max(rate, best.get(name, 0.0))
         flops[name] = found.get("causal_flops_per_token", flops.get(name, 0.0))
         ratio = f"{rate / best[name]:.3f}" if name in best else ""
