@@ -1,7 +1,5 @@
 """Weights, gradients and optimizer states: predicted and really allocated bytes are equal, on every rank."""
 
-from functools import partial
-
 import pytest
 
 from tests.parallel.models import MODELS
@@ -111,5 +109,16 @@ ADAPTED = [
 def test_adapters_on_every_rank_of_a_layout(model, layout, how):
     case = Case(model, layout)
     job = job_of(case, tree(case, rank=4, **how), precision="bf16")
-    for rank, found in enumerate(run(layout.world_size, partial(allocated, precision="bf16", rank=4, **how), case)):
+    settings = ("adamw", "bf16", True, how.get("quantize"), 4, how.get("dora", False))
+    for rank, found in enumerate(run(layout.world_size, allocated, case, *settings)):
+        check(job, found, rank)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "layout"), [("adamw8bit", Layout(2, zero=3)), ("muon", Layout(2, tp=2))], ids=str
+)
+def test_optimizers_on_every_rank_of_a_layout(optimizer, layout):
+    case = Case("golden:llama", layout)
+    job = job_of(case, tree(case), optimizer=optimizer)
+    for rank, found in enumerate(run(layout.world_size, allocated, case, optimizer)):
         check(job, found, rank)

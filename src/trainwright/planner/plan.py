@@ -196,7 +196,9 @@ def _candidates(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
         keep.append({"gpus": job.cluster.gpus * factor})
     other: list[dict[str, Any]] = []
     if recipe.train.optimizer == "adamw" and recipe.adapter is None:
-        other += [{"train.optimizer": "adamw8bit"}, {"train.optimizer": "adafactor"}]
+        other.append({"train.optimizer": "adamw8bit"})
+        if job.layout.world_size == 1:  # torch's Adafactor does not step over shards
+            other.append({"train.optimizer": "adafactor"})
     if recipe.train.master_weights and recipe.train.precision != "fp32" and recipe.adapter is None:
         other.append({"train.master_weights": False})
     if recipe.adapter is None and recipe.task == "sft":
