@@ -291,7 +291,7 @@ def measure(
     cache = str(options.folder / "compiled")
     environment = {
         **os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton", "OMP_NUM_THREADS": "4",
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }  # fmt: skip
     with log.open("w") as written:
         process = subprocess.Popen(
