@@ -52,7 +52,8 @@ def test_runs_learn_and_train_the_adapter_alone(tmp_path, base, quantize):
     result = trainer.run()
     trainer.close()
     after = dict(trainer.model.named_parameters())
-    assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
+    for name, tensor in frozen.items():  # as bytes: codes held as float8 have values that equal nothing
+        assert torch.equal(after[name].detach().view(torch.uint8), tensor.view(torch.uint8)), name
     assert all(m.lora_b.abs().max() > 0 for m in adapters_of(trainer.model).values())
     assert held_out(result, "after") < 0.995 * held_out(result, "before")
     checkpoint = load_file(next((result.folder / "checkpoints").glob("step-*/tensors*.safetensors")))

@@ -3,8 +3,8 @@
 Owns how such a weight is stored in a module and filled, so that builds on the meta device, streaming loads, FSDP and
 `model.to(dtype)` treat it right. Arithmetic is `ops.py`, `head.py` and `model/kernels/quantized.py`.
 
-A weight in fewer bits is plain parameters and buffers without gradient: `weight` (uint8 codes) and `weight_absmax`
-(scales with the weight's rows as dim 0) are parameters, so FSDP shards them; nf4's second level is two small buffers.
+A weight in fewer bits is plain parameters and buffers without gradient: `weight` (codes) and `weight_absmax` (scales
+with the weight's rows as dim 0) are parameters, so FSDP shards them; nf4's second level is two small buffers.
 That level groups 256 scales whatever row they belong to, so where a weight is cut inside (tensor and expert
 parallelism), its scales are the same numbers in float32 instead: `single_level`.
 """
@@ -44,8 +44,8 @@ class FrozenWeight(nn.Module):
             self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
             return
         codes, absmax, *nested = quantized.empty_pieces(kind, shape)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.weight_absmax = nn.Parameter(absmax, requires_grad=False)
+        self.weight = nn.Parameter(quantized.stored(codes), requires_grad=False)
+        self.weight_absmax = nn.Parameter(quantized.stored(absmax), requires_grad=False)
         if nested:
             self.register_buffer("weight_nested_absmax", nested[0])
             self.register_buffer("weight_nested_offset", nested[1])
@@ -68,7 +68,7 @@ class FrozenWeight(nn.Module):
 
     @property
     def pieces(self) -> Pieces:
-        """The weight as `model/kernels/quantized.py` knows it; one tensor where it is plain."""
+        """The weight as `ops` takes it: what `quantized.stored` makes of its pieces; one tensor where it is plain."""
         if self.kind is None:
             return [self.weight]
         if "weight_nested_absmax" not in self._buffers:
@@ -89,7 +89,7 @@ class FrozenWeight(nn.Module):
         if len(places) < len(pieces):
             pieces = [pieces[0], quantized.decompress(pieces)]
         for place, piece in zip(places, pieces, strict=True):
-            copy_whole(place, piece)
+            copy_whole(place, quantized.stored(piece))
 
     def give_weight(self) -> Tensor:
         """The whole weight in full precision, for a save. Every rank of a sharded model calls it."""
@@ -107,12 +107,13 @@ class FrozenWeight(nn.Module):
         pieces = [gathered(piece) for piece in self.pieces]
         if self.kind is None:
             return pieces[0].to(dtype)
+        pieces = quantized.as_bytes(pieces)
         held = pieces[0].shape[-1] * (2 if self.kind == "nf4" else 1)
         return quantized.dequantize(self.kind, pieces, min(held, self.weight_shape[-1]), dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """`to(dtype)` leaves scales and adapters float32: absmax in bf16 would be another weight."""
-        keep = {id(tensor) for tensor in self.float32_tensors()}
+        """`to(dtype)` leaves codes as they are, scales and adapters float32: absmax in bf16 would be another weight."""
+        keep = {id(tensor) for tensor in self.fixed_types()}
 
         def guarded(tensor: Tensor) -> Tensor:
             new = fn(tensor)
@@ -120,9 +121,9 @@ class FrozenWeight(nn.Module):
 
         return super()._apply(guarded, recurse)
 
-    def float32_tensors(self) -> list[Tensor]:
+    def fixed_types(self) -> list[Tensor]:
         """What `to(dtype)` does not change the type of."""
-        return self.pieces[1:]
+        return [] if self.kind is None else self.pieces
 
     def extra_repr(self) -> str:
         return f"{self.weight_shape}, {self.format}"
@@ -130,7 +131,14 @@ class FrozenWeight(nn.Module):
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; a collective where it is."""
-    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    if tensor.dtype == torch.float8_e4m3fn:  # bytes, which every backend sends
+        own = tensor.to_local().view(torch.uint8)
+        mesh, sizes = tensor.device_mesh, tensor.shape
+        tensor = DTensor.from_local(own, mesh, tensor.placements, run_check=False, shape=sizes, stride=tensor.stride())
+        return quantized.stored(tensor.full_tensor())
+    whole: Tensor = tensor.full_tensor()
     return whole
 
 
@@ -170,7 +178,7 @@ class FrozenEmbedding(FrozenWeight):
     def forward(self, ids: Tensor) -> Tensor:
         assert self.kind is not None
         dtype = ops.compute_dtype(self.compute)
-        return quantized.select_rows(self.kind, self.pieces, ids, self.weight_shape[-1], dtype)
+        return quantized.select_rows(self.kind, quantized.as_bytes(self.pieces), ids, self.weight_shape[-1], dtype)
 
 
 class FrozenHead(FrozenWeight):
@@ -186,4 +194,5 @@ class FrozenHead(FrozenWeight):
         assert self.kind is not None
         if labels_BS is None:
             return ops.frozen_linear(x_BSH, self.format, self.pieces, self.weight_shape[-1], self.bias)
-        return frozen_cross_entropy(x_BSH, self.kind, self.pieces, labels_BS, self.bias, self.shard)
+        pieces = quantized.as_bytes(self.pieces)
+        return frozen_cross_entropy(x_BSH, self.kind, pieces, labels_BS, self.bias, self.shard)

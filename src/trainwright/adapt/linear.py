@@ -74,9 +74,9 @@ class LoraLinear(FrozenLinear):
         frozen = self.whole_weight(dtype)
         return torch.addmm(frozen, self.lora_b.to(dtype), self.lora_a.to(dtype), alpha=self.lora.scale)
 
-    def float32_tensors(self) -> list[Tensor]:
+    def fixed_types(self) -> list[Tensor]:
         magnitude = [] if self.magnitude is None else [self.magnitude]
-        return [*super().float32_tensors(), self.lora_a, self.lora_b, *magnitude]
+        return [*super().fixed_types(), self.lora_a, self.lora_b, *magnitude]
 
     @torch.no_grad()
     def give_weight(self) -> Tensor:
@@ -112,8 +112,8 @@ class LoraExperts(FrozenExperts):
         update = grouped_linear(low_MR, self.lora_b.to(x_MI.dtype), counts_E)
         return torch.add(super().forward(x_MI, counts_E), update, alpha=self.lora.scale)
 
-    def float32_tensors(self) -> list[Tensor]:
-        return [*super().float32_tensors(), self.lora_a, self.lora_b]
+    def fixed_types(self) -> list[Tensor]:
+        return [*super().fixed_types(), self.lora_a, self.lora_b]
 
     @torch.no_grad()
     def give_weight(self) -> Tensor:

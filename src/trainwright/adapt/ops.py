@@ -33,7 +33,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def _weight(format: str, pieces: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
     if format == "plain":
         return pieces[0].to(dtype)
-    return quantized.dequantize(format, pieces, columns, dtype)  # type: ignore[arg-type]
+    return quantized.dequantize(format, quantized.as_bytes(pieces), columns, dtype)  # type: ignore[arg-type]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -44,14 +44,14 @@ def _rows(x: Tensor) -> Tensor:
 def _forward(x_MI: Tensor, format: str, pieces: list[Tensor], columns: int, bias: Tensor | None) -> Tensor:
     bias = bias if bias is None else bias.to(x_MI.dtype)
     if format == "fp8":
-        y = quantized.fp8_linear(x_MI, *pieces)
+        y = quantized.fp8_linear(x_MI, *quantized.as_bytes(pieces))
         return y if bias is None else y.add_(bias)
     return F.linear(x_MI, _weight(format, pieces, columns, x_MI.dtype), bias)
 
 
 def _backward(grad_MO: Tensor, format: str, pieces: list[Tensor], columns: int) -> Tensor:
     if format == "fp8":
-        return quantized.fp8_linear_backward(grad_MO, *pieces)
+        return quantized.fp8_linear_backward(grad_MO, *quantized.as_bytes(pieces))
     return grad_MO @ _weight(format, pieces, columns, grad_MO.dtype)
 
 

@@ -65,6 +65,17 @@ def _dynamic_code(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
+def stored(piece: Tensor) -> Tensor:
+    """A piece as a module's parameter holds it: bytes as float8, whose bits are the same. FSDP of torch 2.11 takes no
+    parameter that is not floating point."""
+    return piece.view(torch.float8_e4m3fn) if piece.dtype == torch.uint8 else piece
+
+
+def as_bytes(pieces: Pieces) -> Pieces:
+    """The pieces again from what `stored` made of them."""
+    return [piece.view(torch.uint8) if piece.dtype == torch.float8_e4m3fn else piece for piece in pieces]
+
+
 def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """(nf4's 16 values, the dynamic type's 256), float32, for kernels."""
     return _nf4_code(device), _dynamic_code(device)
