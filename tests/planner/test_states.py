@@ -115,7 +115,9 @@ def test_adapters_on_every_rank_of_a_layout(model, layout, how):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "layout"), [("adamw8bit", Layout(2, zero=3)), ("muon", Layout(2, tp=2))], ids=str
+    ("optimizer", "layout"),
+    [("adamw8bit", Layout(2, zero=3)), ("muon", Layout(2, tp=2)), ("adafactor", Layout(4, tp=2))],
+    ids=str,
 )
 def test_optimizers_on_every_rank_of_a_layout(optimizer, layout):
     case = Case("golden:llama", layout)

@@ -196,9 +196,7 @@ def _candidates(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
         keep.append({"gpus": job.cluster.gpus * factor})
     other: list[dict[str, Any]] = []
     if recipe.train.optimizer == "adamw" and recipe.adapter is None:
-        other.append({"train.optimizer": "adamw8bit"})
-        if job.layout.world_size == 1:  # torch's Adafactor does not step over shards
-            other.append({"train.optimizer": "adafactor"})
+        other += [{"train.optimizer": name} for name in ("adamw8bit", "adafactor")]
     if recipe.train.master_weights and recipe.train.precision != "fp32" and recipe.adapter is None:
         other.append({"train.master_weights": False})
     if recipe.adapter is None and recipe.task == "sft":

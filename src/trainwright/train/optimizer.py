@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainwright.errors import UserError
+from trainwright.train.adafactor import Adafactor
 from trainwright.train.adamw8bit import AdamW8bit
 from trainwright.train.lion import Lion
 
@@ -112,7 +113,7 @@ def build_optimizer(
         sharded = any(hasattr(tensor, "device_mesh") for tensor in trained.values())  # DTensor has no fused SGD
         parts = [torch.optim.SGD(_groups(trained, weight_decay), lr=0.0, fused=fused and not sharded)]
     elif name == "adafactor":
-        parts = [torch.optim.Adafactor(_groups(trained, weight_decay), lr=0.0)]
+        parts = [Adafactor(_groups(trained, weight_decay))]
     elif name == "adamw8bit":
         parts = [AdamW8bit(_groups(trained, weight_decay), betas=betas, eps=eps)]
     elif name == "lion":
