@@ -162,7 +162,7 @@ def test_documents_alone():
     [
         (["--precision", "fp8"], "has no bounds"),
         (["--gpus", "3"], "do not divide the 3"),
-        (["train.micro_batch_size=auto"], "give prove a number of rows"),
+        (["train.micro_batch_size=auto", "train.global_batch_size=8"], "give prove a number of rows"),
         (["--layers", "9"], "use 1 to 4"),
     ],
 )

@@ -82,6 +82,7 @@ def test_both_alternatives_in_one_file_are_refused():
         ("data.validation=1.5", "use 0 <= fraction < 1"),
         ("name=../escape", "name='../escape'"),
         ("train.min_learning_rate=1", "lower it"),
+        ("train.micro_batch_size=auto", "set it to the rows of one optimizer step"),
         ("train", "is not key.path=value"),
         ("task=pretraining", "task='pretraining'"),
     ],

@@ -265,9 +265,7 @@ class _Walk:
         if self.job.recompute != "selective" or parallel.recompute_memory is None:
             return held
         share = parallel.recompute_memory * GIB / self.stage.in_flight / max(1, len(self.stage.layers))
-        # Compiled layers are chosen whole (`parallel/budget.py`), and some may keep everything.
-        most = activations.total if self.program.compiled else held
-        return min(most, activations.entry + int(share))
+        return min(held, activations.entry + int(share))
 
     def _outer_kept(self) -> int:
         """Token ids, labels, positions, rotary tables."""

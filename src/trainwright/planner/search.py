@@ -90,14 +90,10 @@ class _Search:
         found.sort(key=lambda item: (-item.rate, -item.memory.free))
         return Ranking([_explained(item, found[0]) for item in _shown(found, keep)], self.tried)
 
-    def _global_batch(self) -> int | None:
-        """Rows of an optimizer step that every candidate keeps; None: one micro batch for each data rank."""
-        train = self.recipe.train
-        if train.global_batch_size is not None:
-            return train.global_batch_size
-        if train.gradient_accumulation_steps is None and train.micro_batch_size == "auto":
-            return None
-        return build_job(self.recipe, self.cluster, config=self._tree(self.recipe)).global_batch
+    def _global_batch(self) -> int:
+        """Rows of an optimizer step, which every candidate keeps."""
+        wanted = self.recipe.train.global_batch_size
+        return wanted or build_job(self.recipe, self.cluster, config=self._tree(self.recipe)).global_batch
 
     def _tree(self, recipe: Recipe) -> ModelParts:
         """The model of a recipe, which layouts do not change."""
@@ -156,8 +152,6 @@ class _Search:
 
     def _micro_batches(self, words: Words) -> list[int]:
         """Powers of two that divide a data rank's rows and give every pipeline stage its work."""
-        if self.rows is None:
-            return [2**power for power in range(8)]
         pp = words["parallel.pp"]
         rows, rest = divmod(self.rows, self.cluster.gpus // (words["parallel.tp"] * words["parallel.cp"] * pp))
         if rest:
@@ -167,9 +161,7 @@ class _Search:
 
     def _judge(self, words: Words, size: int) -> Candidate | None:
         """None for what does not divide."""
-        words = {**words, "train.micro_batch_size": size}
-        if self.rows is not None:
-            words["train.global_batch_size"] = self.rows
+        words = {**words, "train.micro_batch_size": size, "train.global_batch_size": self.rows}
         recipe = _with(self.recipe, words)
         try:
             job = build_job(recipe, self.cluster, config=self._tree(recipe), calibration=self.calibration)

@@ -53,6 +53,11 @@ class TrainRecipe(Section):
             raise ValueError("train.global_batch_size and train.gradient_accumulation_steps say the same: keep one")
         if isinstance(self.micro_batch_size, int) and self.micro_batch_size < 1:
             raise ValueError(f"train.micro_batch_size={self.micro_batch_size} is below 1: use 1 or more, or auto")
+        if self.micro_batch_size == "auto" and self.global_batch_size is None:
+            raise ValueError(
+                "train.micro_batch_size=auto keeps train.global_batch_size, which is not set: "
+                "set it to the rows of one optimizer step"
+            )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"train.min_learning_rate={self.min_learning_rate} is above "
