@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,10 @@ def test_first_host(nodes: str, first: str) -> None:
 
 def start(tmp_path: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "trainwright", "train", "quickstart", f"output={tmp_path}", "--gpus", "2"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    listens = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # tests in the background inherit deafness to Ctrl-C
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
 
 
 def wait_until(good: Callable[[], bool], seconds: float) -> bool:
