@@ -16,7 +16,7 @@ demo: install
 	@echo 'open runs/$(RUN)/report.html; talk to it: $(BIN)/trainwright chat runs/$(RUN)'
 
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25 tests
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks docs/*.py

@@ -220,15 +220,21 @@ class TurnFinder:
         start: int,
     ) -> int:
         """Where an answer that nothing ends is over: its content, else what is there when it is the last message."""
-        content = messages[at].get("content")
+        content, text = messages[at].get("content"), rendering.text
+        end = None
         if isinstance(content, str) and content.strip() and not messages[at].get("tool_calls"):
             for written in (content, content.strip()):
-                found = rendering.text.find(written, start)
-                if found >= 0 and not rendering.text[start:found].strip():
-                    return found + len(written)
+                found = text.find(written, start)
+                if found >= 0 and not text[start:found].strip():
+                    end = found + len(written)
+                    if text.find(written, found + 1) < 0:
+                        return end
+                    break  # it may also be spelled by what the template writes before answers
         until = self._text(messages[: at + 1], tools).rstrip()
-        if rendering.text.startswith(until) and len(until) >= start:
+        if text.startswith(until) and len(until) >= start and (end is None or until.endswith(str(content).strip())):
             return len(until)
+        if end is not None:
+            return end
         raise UserError("chat template changes an answer's text and does not end it: it cannot be trained")
 
     def _probe(self, stop: Sequence[int]) -> tuple[str, int | None, bool]:

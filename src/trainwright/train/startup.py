@@ -16,6 +16,7 @@ class Startup:
     def __init__(self) -> None:
         self.phases = {"imports": process_age()}
         self._mark = time.perf_counter()
+        self._compiled = _compile_seconds()  # before: another run of this process may have compiled
 
     def done(self, phase: str) -> None:
         """`phase` took the time since the phase before it."""
@@ -26,8 +27,7 @@ class Startup:
     def first_step_done(self) -> None:
         """The first step, and of it what compilation took (0 where nothing is compiled, or compiled before)."""
         self.done("first step")
-        compiling = torch._dynamo.utils.calculate_time_spent()["total_wall_time"] if _has_dynamo() else 0.0
-        self.phases["compile"] = min(compiling, self.phases["first step"])
+        self.phases["compile"] = min(_compile_seconds() - self._compiled, self.phases["first step"])
         self.phases["first step"] -= self.phases["compile"]
 
     def __str__(self) -> str:
@@ -35,9 +35,11 @@ class Startup:
         return f"first step done after {sum(self.phases.values()):.1f} s: {parts}"
 
 
-def _has_dynamo() -> bool:
-    """Whether anything was compiled; asking the compiler would import it."""
-    return "torch._dynamo.utils" in sys.modules
+def _compile_seconds() -> float:
+    """Of this process so far. Where nothing was compiled, asking the compiler would import it."""
+    if "torch._dynamo.utils" not in sys.modules:
+        return 0.0
+    return float(torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0))
 
 
 def process_age() -> float:
