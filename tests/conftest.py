@@ -1,8 +1,16 @@
 """Fixtures that every room shares."""
 
+import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Shared machines: no deadline, and fewer examples than Hypothesis would take. The same ones in every run, so that a red
+# run can be repeated; TRAINWRIGHT_FUZZ=1 draws new ones.
+FUZZ = bool(os.environ.get("TRAINWRIGHT_FUZZ"))
+hypothesis.settings.register_profile("trainwright", deadline=None, max_examples=40, derandomize=not FUZZ)
+hypothesis.settings.load_profile("trainwright")
 
 
 @pytest.fixture(scope="session")
