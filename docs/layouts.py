@@ -6,9 +6,10 @@ python docs/layouts.py [--check]
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from pages import write_or_check
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "layouts.md"
@@ -63,24 +64,14 @@ def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def page() -> str:
+def page(text: str) -> str:
     """The page as it should be."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("layouts_*.json"))]
-    text = "\n\n".join(section(found) for found in kept) or NONE
-    return f"{before}{BEGIN}{text}\n{END}{after}"
-
-
-def main() -> int:
-    wanted = page()
-    if "--check" not in sys.argv:
-        PAGE.write_text(wanted, encoding="utf-8")
-    elif wanted != PAGE.read_text(encoding="utf-8"):
-        print("docs/layouts.md is not what the kept results say: run python docs/layouts.py")
-        return 1
-    return 0
+    sections = "\n\n".join(section(found) for found in kept) or NONE
+    return f"{before}{BEGIN}{sections}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    write_or_check(PAGE, page)

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pages import write_or_check
+
 from trainwright.bench.matrix import matrix_names
 from trainwright.bench.store import read_json, write_json
 from trainwright.bench.table import markdown_table, tables
@@ -100,12 +102,7 @@ def main() -> None:
     words = sys.argv[1:]
     if words[:1] == ["--keep"]:
         print(keep(Path(words[1]), words[2]))
-    old = PAGE.read_text(encoding="utf-8")
-    new = page(old)
-    if "--check" not in words:
-        PAGE.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit("docs/performance.md is stale: run python docs/performance.py")
+    write_or_check(PAGE, page)
 
 
 if __name__ == "__main__":

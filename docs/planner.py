@@ -14,10 +14,11 @@ import ast
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from pages import write_or_check
 
 from trainwright.bench.cell import Cell, cells_of
 from trainwright.bench.matrix import find_matrix, read_matrix
@@ -182,15 +183,5 @@ def page(text: str) -> str:
     return re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", made, text, flags=re.DOTALL)
 
 
-def main() -> None:
-    """Writes the page, or says that it is stale."""
-    old = PAGE.read_text(encoding="utf-8")
-    new = page(old)
-    if "--check" not in sys.argv:
-        PAGE.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit("docs/planner.md is stale: run python docs/planner.py")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, page)

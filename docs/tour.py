@@ -8,6 +8,8 @@ import re
 import sys
 from pathlib import Path
 
+from pages import write_or_check
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "tour.md"
 SOURCE = ROOT / "src" / "trainwright"
@@ -41,15 +43,5 @@ def page(text: str) -> str:
     return made
 
 
-def main() -> None:
-    """Writes the page, or says that it is stale."""
-    old = PAGE.read_text(encoding="utf-8")
-    new = page(old)
-    if "--check" not in sys.argv:
-        PAGE.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit("docs/tour.md is stale: run python docs/tour.py")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, page)

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainwright.recipe.imports import hf_trainer
 from trainwright.recipe.imports.axolotl_data import read_source, read_template
-from trainwright.recipe.imports.reading import Ignored, Reading, hub_or_folder, put_output, quiet, unless
+from trainwright.recipe.imports.reading import Ignored, Reading, hub_or_folder, put_output, put_sources, quiet, unless
 
 NAME = "axolotl"
 IGNORED: dict[str, Ignored] = {
@@ -166,13 +166,7 @@ def _read_data(reading: Reading, plain: bool) -> None:
     if not entries:
         reading.needs("datasets", None, "it is missing: there is nothing to train on", "data.path", "data.sources")
     sources = [read_source(reading, entry, plain) for entry in entries]
-    if not sources:
-        pass
-    elif len(sources) == 1 and set(sources[0]) <= {"path", "format"}:
-        for key, value in sources[0].items():
-            reading.put(f"data.{key}", value)
-    else:
-        reading.put("data.sources", sources)
+    put_sources(reading, sources)
     tests, share = reading.take("test_datasets"), reading.number("val_set_size", 0.0)
     if tests:
         reading.put("data.validation", read_source(reading, tests[0], False)["path"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from trainwright.errors import UserError
 from trainwright.recipe.imports import hf_trainer
-from trainwright.recipe.imports.reading import Ignored, Reading, hub_or_folder, put_output, quiet, unless
+from trainwright.recipe.imports.reading import Ignored, Reading, hub_or_folder, put_output, put_sources, quiet, unless
 
 NAME = "llamafactory"
 OWN = {"finetuning_type", "cutoff_len", "dataset_dir", "lora_rank", "neat_packing", "preprocessing_num_workers"}
@@ -151,13 +151,7 @@ def _read_data(reading: Reading, stage: str) -> None:
     if not sources:
         reading.needs("dataset", None, "it is missing: there is nothing to train on", "data.path", "data.sources")
     _mix(reading, sources)
-    if not sources:
-        pass
-    elif len(sources) == 1 and set(sources[0]) <= {"path", "format"}:
-        for key, value in sources[0].items():
-            reading.put(f"data.{key}", value)
-    else:
-        reading.put("data.sources", sources)
+    put_sources(reading, sources)
     held_out, share = _sources(reading, "eval_dataset"), reading.number("val_size", 0.0)
     if held_out:
         reading.put("data.validation", held_out[0]["path"])

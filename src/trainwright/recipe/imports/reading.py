@@ -179,6 +179,15 @@ def hub_or_folder(name: str, revision: str | None = None) -> str:
     return f"hf:{name}" + (f"@{revision}" if revision else "")
 
 
+def put_sources(reading: Reading, sources: list[dict[str, Any]]) -> None:
+    """Data sets as a recipe has them: one plain file as data.path, all else as data.sources."""
+    if len(sources) == 1 and set(sources[0]) <= {"path", "format"}:
+        for key, value in sources[0].items():
+            reading.put(f"data.{key}", value)
+    elif sources:
+        reading.put("data.sources", sources)
+
+
 def put_output(reading: Reading, folder: str | None, run_name: str | None = None) -> None:
     """`saves/llama3/sft` is the run `sft` in the folder `saves/llama3`."""
     if folder:
