@@ -15,7 +15,8 @@ SCRIPT = Path(__file__).parents[2] / "docs" / "performance.py"
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Any:
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as python does for the folder of a script that it runs
     spec = importlib.util.spec_from_file_location("performance_page", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

@@ -24,8 +24,8 @@ PROGRAM = textwrap.dedent("""
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     options = ["parallel.timeout_minutes=1", "train.gradient_accumulation_steps=1", "train.steps=8"]
 
-    def say(*words):
-        print(f"[{rank}]", *words, flush=True)
+    def say(word, *values):
+        (folder / f"{word}-{rank}").write_text(" ".join(map(str, values)))  # two ranks share one stdout
 
     trainer = Trainer(small_recipe(folder, "name=poisoned", *options, checkpoint={"every": 2}))
     def poison(module, args, out):
@@ -54,7 +54,7 @@ PROGRAM = textwrap.dedent("""
     trainer.close()
 
     trainer = Trainer(small_recipe(folder, "name=whole", *options))
-    say("WHOLE", trainer.run().step)
+    trainer.run()
     trainer.close()
     leave_world()
 """)
@@ -62,7 +62,7 @@ PROGRAM = textwrap.dedent("""
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """(folder, what both ranks printed) of one start of two processes."""
+    """The folder in which one start of two processes ran and left what each rank says."""
     folder = tmp_path_factory.mktemp("two")
     program = folder / "program.py"
     program.write_text(PROGRAM)
@@ -72,33 +72,30 @@ def two(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "runs", done.stdout.splitlines()
+    return folder
 
 
-def said(lines, rank, word):
-    return next(line.split(word, 1)[1].strip() for line in lines if line.startswith(f"[{rank}] {word}"))
+def said(folder, word):
+    return [(folder / f"{word}-{rank}").read_text() for rank in (0, 1)]
 
 
 def test_a_nan_of_one_rank_stops_both_with_the_same_account(two):
-    folder, lines = two
-    accounts = [said(lines, rank, "STOPPED") for rank in (0, 1)]
+    accounts = said(two, "STOPPED")
     assert accounts[0] == accounts[1]
     # Rank 1 reads rows 2 and 3 of the four; its second one is poisoned.
     assert (
         "step 4: the loss is nan; it came first from the output of layers.1.mlp.down_proj, in row 3 of" in accounts[0]
     )
-    assert [c.step for c in list_checkpoints(folder / "poisoned" / "checkpoints")] == [2]
+    assert [c.step for c in list_checkpoints(two / "runs" / "poisoned" / "checkpoints")] == [2]
 
 
 def test_a_signal_to_one_rank_stops_and_saves_all(two):
-    _, lines = two
-    assert [said(lines, rank, "ENDED") for rank in (0, 1)] == ["4", "4"]
-    assert [said(lines, rank, "RESUMED") for rank in (0, 1)] == ["4 8", "4 8"]
+    assert said(two, "ENDED") == ["4", "4"]
+    assert said(two, "RESUMED") == ["4 8", "4 8"]
 
 
 def test_two_ranks_resume_bit_for_bit(two):
-    folder, _ = two
-    runs = [folder / name for name in ("whole", "signalled")]
+    runs = [two / "runs" / name for name in ("whole", "signalled")]
     losses = [[line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in runs]
     assert losses[0] == losses[1]
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in runs]
