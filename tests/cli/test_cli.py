@@ -45,7 +45,8 @@ def test_help_imports_nothing_heavy(verb):
     code = f"""
 import atexit, sys
 sys.argv = ["trainwright", *{verb!r}, "--help"]
-atexit.register(lambda: print("HEAVY", sorted({{"torch", "numpy", "transformers", "matplotlib"}} & set(sys.modules))))
+heavy = {{"torch", "numpy", "transformers", "matplotlib"}}
+atexit.register(lambda: print("HEAVY", sorted(heavy & set(sys.modules))))
 from trainwright.cli import main
 main()
 """

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -25,6 +24,8 @@ OPTIONAL = {
 
 def installed(name: str) -> str | None:
     """The version of a package, or None."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:

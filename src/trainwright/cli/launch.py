@@ -3,13 +3,15 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trainwright.cli.options import Overrides, RecipeName
 from trainwright.errors import UserError
-from trainwright.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from trainwright.recipe.schema import Recipe
 
 PORT = 29500
 
@@ -44,7 +46,7 @@ def launch(
         print(manifest(asked, str(layout), nodes, gpus, cpus, image, claim, mount), end="")
 
 
-def slurm_file(recipe: Recipe, words: list[str], layout: str, nodes: int, gpus: int, cpus: int, hours: float) -> str:
+def slurm_file(recipe: "Recipe", words: list[str], layout: str, nodes: int, gpus: int, cpus: int, hours: float) -> str:
     """One task a GPU; srun ends all of them when one fails, and a job that is queued again goes on where it was."""
     minutes = round(hours * 60)
     folder = Path(recipe.output) / recipe.name
@@ -66,7 +68,9 @@ srun --kill-on-bad-exit=1 trainwright train {shlex.join(words)} --resume
 """
 
 
-def manifest(recipe: Recipe, layout: str, nodes: int, gpus: int, cpus: int, image: str, claim: str, mount: str) -> str:
+def manifest(
+    recipe: "Recipe", layout: str, nodes: int, gpus: int, cpus: int, image: str, claim: str, mount: str
+) -> str:
     """An indexed Job with a pod a machine, the service by which they find each other, and the recipe itself."""
     import yaml
 

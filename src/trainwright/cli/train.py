@@ -3,13 +3,15 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainwright.cli.options import Overrides, RecipeName
 from trainwright.errors import UserError
-from trainwright.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from trainwright.recipe.schema import Recipe
 
 
 def train(
@@ -47,7 +49,7 @@ def train(
         run(asked, resume=resume or None, force=force)
 
 
-def _check(recipe: Recipe, gpus: int) -> None:
+def _check(recipe: "Recipe", gpus: int) -> None:
     """What can be said before anything starts: devices and degrees."""
     import torch
 
@@ -61,7 +63,7 @@ def _check(recipe: Recipe, gpus: int) -> None:
     Layout.of(recipe.parallel, gpus)
 
 
-def _as_one_of_many(recipe: Recipe, resume: bool, force: bool, ranks: Path) -> None:
+def _as_one_of_many(recipe: "Recipe", resume: bool, force: bool, ranks: Path) -> None:
     """One rank: when it fails, it leaves one line and no traceback on the screen."""
     from trainwright.parallel import watch
     from trainwright.train.trainer import train as run
