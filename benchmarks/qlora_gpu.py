@@ -15,7 +15,7 @@ the peers', because adapters begin at nothing and nf4 is the same numbers.
 Peers' memory is given with torch's fused AdamW (the run that is timed) and, in a second pass, with bitsandbytes'
 AdamW8bit. Needs one CUDA GPU and, for peers, these packages where Python finds them (none of their other needs is
 imported): transformers, peft, accelerate, bitsandbytes, liger-kernel, trl, datasets, dill, multiprocess, unsloth and
-unsloth_zoo.
+unsloth_zoo (`peers/folders.py` brings them).
 """
 
 from __future__ import annotations
