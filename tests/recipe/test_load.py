@@ -31,6 +31,10 @@ def test_unknown_key_names_the_nearest():
     assert "train.learning_rat is not a key: did you mean learning_rate?" in refusal(MINIMAL, "train.learning_rat=1")
 
 
+def test_unknown_key_that_is_named_like_a_type():
+    assert "train.int is not a key" in refusal(MINIMAL, "train.int=5")
+
+
 def test_unknown_key_without_a_neighbour_lists_what_is_known():
     assert "known keys there: kind, rank" in refusal({**MINIMAL, "adapter": {"zzz": 1}})
 
@@ -85,6 +89,18 @@ def test_both_alternatives_in_one_file_are_refused():
         ("train.micro_batch_size=auto", "set it to the rows of one optimizer step"),
         ("train", "is not key.path=value"),
         ("task=pretraining", "task='pretraining'"),
+        ("train.steps=yes", "train.steps=True: input should be a number"),
+        ("train.learning_rate=.inf", "train.learning_rate=inf: input should be a finite number"),
+        ("train.epochs=.inf", "train.epochs=inf: input should be a finite number"),
+        ("train.betas=[0.9, 1.0]", "train.betas.1=1.0: input should be less than 1"),
+        (f"train.seed={2**63}", "train.seed=9223372036854775808"),
+        (f"name={'a' * 201}", "at most 200 characters"),
+        ("train.micro_batch_size=huge", "train.micro_batch_size='huge'"),
+        ("train=", "train='': it holds keys of its own: steps, epochs"),
+        ("train..steps=3", "is not key.path=value"),
+        ("base=quickstart", "name quickstart in place of the recipe"),
+        ("train.steps=2024-13-45", "train.steps='2024-13-45'"),
+        (f"train.steps={'[' * 2000}", "train.steps='[[["),
     ],
 )
 def test_bad_values_say_the_value_and_the_fix(override, words):
@@ -131,11 +147,48 @@ def refusal_of_file(path):
         ("train: {steps: 1}\ntrain: {steps: 2}\n", "given twice"),
         ("!!python/object/apply:os.system ['true']", "not YAML"),
         ("base: no_such_recipe\n", "no recipe no_such_recipe"),
+        (f"base: {'long' * 100}\n", "no recipe long"),
+        ("model: {{ path }}\n", "a key is one word"),
+        ("name: 2024-13-45\n", "cannot be read as a recipe: month must be"),
+        ("name: !!int ten\n", "cannot be read as a recipe: invalid literal"),
+        ("{a: " * 3000, "cannot be read as a recipe: maximum recursion depth"),
     ],
 )
 def test_bad_files_get_one_line(tmp_path, text, words):
     (tmp_path / "r.yaml").write_text(text)
     assert words in refusal_of_file(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read as a recipe: Expecting property name"),
+        ('{"task": "sft", "task": "pretrain"}', "key 'task' is given twice"),
+        ('{"base": "quickstart", "train": {"learning_rate": Infinity}}', "input should be a finite number"),
+        ("[" * 100_000, "cannot be read as a recipe: maximum recursion depth"),
+    ],
+)
+def test_bad_json_gets_one_line(tmp_path, text, words):
+    (tmp_path / "r.json").write_text(text)
+    assert words in refusal_of_file(tmp_path / "r.json")
+
+
+def test_a_byte_order_mark_is_no_hindrance(tmp_path):
+    (tmp_path / "r.json").write_text('\ufeff{"base": "quickstart"}', encoding="utf-8")
+    assert load_recipe(tmp_path / "r.json") == load_recipe("quickstart")
+
+
+def test_yaml_anchors_merge(tmp_path):
+    (tmp_path / "r.yaml").write_text("base: quickstart\ntrain:\n  <<: {steps: 7, seed: 9}\n  seed: 5\n")
+    train = load_recipe(tmp_path / "r.yaml").train
+    assert (train.steps, train.seed) == (7, 5)
+
+
+@pytest.mark.parametrize("empty", ["train:", "train: # steps: 3"])
+def test_a_section_left_empty_can_be_filled_from_the_command_line(tmp_path, empty):
+    (tmp_path / "r.yaml").write_text(f"model: {{config: llama-7b}}\ndata: {{path: a.jsonl}}\n{empty}\n")
+    assert "train=None: it holds keys of its own" in refusal_of_file(tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml", ["train.steps=3"]).train.steps == 3
 
 
 def test_a_binary_file_is_no_recipe(tmp_path):

@@ -36,5 +36,5 @@ def test_several_sources_are_shown_as_a_list(tmp_path):
 
 def test_the_shipped_schema_is_current():
     assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == json_schema(), (
-        "write it anew: trainwright recipes schema src/trainwright/recipe/recipe.schema.json"
+        "write it anew: trainwright recipes schema > src/trainwright/recipe/recipe.schema.json"
     )

@@ -162,6 +162,7 @@ def schema(file: Annotated[Path | None, typer.Argument(help="where to write it; 
     from trainwright.recipe.show import json_schema, write_schema
 
     if file is not None:
+        refuse_existing(file)
         write_schema(file)
     else:
         print(json.dumps(json_schema(), indent=1, ensure_ascii=False))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -32,16 +33,35 @@ ALTERNATIVES = [
 ]
 
 
+# What the readers of YAML and JSON let through besides their own errors: 2024-13-45 is no date, 0b_ no number, and a
+# thousand brackets are too deep.
+UNREADABLE = (ValueError, TypeError, AttributeError, RecursionError)
+TRIED = (["bool"], ["int"], ["float"], ["str"])  # ends of pydantic's locations that are no keys
+
+
 class _RecipeYaml(yaml.SafeLoader):
     """Safe YAML that reads 2e-5 as a number, and refuses a key given twice."""
 
 
 def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<: *other` may repeat a key
+    keys = [loader.construct_object(key, deep=True) for key in own]
     for key in keys:
+        if not isinstance(key, Hashable):
+            problem = f"a key is one word, this is {key!r}: quote it if it is text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         if keys.count(key) > 1:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=node.start_mark)
+    loader.flatten_mapping(node)
     return dict(loader.construct_pairs(node, deep=True))
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"key {twice!r} is given twice")
+    return dict(pairs)
 
 
 _RecipeYaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
@@ -90,18 +110,17 @@ def validate(values: dict[str, Any], origin: str) -> Recipe:
 
 def find(name: str) -> Path:
     """The file of a shipped name or a path. Raises UserError that names the nearest shipped recipe."""
-    shipped = LIBRARY / f"{name}.yaml"
-    if shipped.resolve().is_relative_to(LIBRARY.resolve()) and shipped.exists():
-        return shipped
+    if name in library_names():
+        return LIBRARY / f"{name}.yaml"
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # of os: a name that no file can have is no error there
         path = path / "recipe.yaml"  # a run's folder: run it again
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     nearest = difflib.get_close_matches(name, library_names(), n=1, cutoff=0.3)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     raise UserError(
-        f"no recipe {name}: it is neither a file nor a shipped name; {hint}`trainwright recipes` lists them"
+        f"no recipe {name[:200]}: it is neither a file nor a shipped name; {hint}`trainwright recipes` lists them"
     )
 
 
@@ -116,14 +135,17 @@ def _own(path: Path) -> dict[str, Any]:
 def read_mapping(path: Path, what: str = "recipe", first: str = "task") -> dict[str, Any]:
     """The keys of a YAML or JSON file, `what` in errors. Raises UserError that says where the file is wrong."""
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_RecipeYaml)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a {what}: {error}") from None
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            values = json.loads(text, object_pairs_hook=_object_without_duplicates)
+        else:
+            values = yaml.load(text, Loader=_RecipeYaml)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UserError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, *UNREADABLE) as error:
+        raise UserError(f"{path}: cannot be read as a {what}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(
             f"{path}: a {what} is a mapping of keys, this is {type(values).__name__}: start with `{first}:`"
@@ -138,7 +160,7 @@ def _with_bases(values: dict[str, Any], folder: Path, seen: tuple[Path, ...]) ->
     if base is None:
         return [values]
     beside = folder / str(base)
-    path = beside if beside.is_file() else find(str(base))
+    path = beside if os.path.isfile(beside) else find(str(base))
     if path in seen:
         raise UserError(
             f"base: {base} inherits from itself ({' -> '.join(p.name for p in (*seen, path))}): break the loop"
@@ -149,14 +171,17 @@ def _with_bases(values: dict[str, Any], folder: Path, seen: tuple[Path, ...]) ->
 def _override(word: str) -> dict[str, Any]:
     """`train.steps=10` as a nested mapping."""
     key, equals, text = word.partition("=")
-    if not equals or not key.strip():
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
         raise UserError(f"override {word!r} is not key.path=value: write it like train.steps=10")
+    if parts == ["base"]:
+        raise UserError(f"override {word!r}: a base is named in a recipe file; name {text} in place of the recipe")
     try:
         value = yaml.load(text, Loader=_RecipeYaml) if text else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, *UNREADABLE):
         value = text
     nested: Any = value
-    for part in reversed(key.strip().split(".")):
+    for part in reversed(parts):
         nested = {part: nested}
     return dict(nested)
 
@@ -167,10 +192,12 @@ def _without_replaced(below: dict[str, Any], above: Mapping[str, Any]) -> dict[s
     for group in ALTERNATIVES:
         section = next(iter(group)).partition(".")[0]
         names = {path.partition(".")[2] for path in group}
-        changes = above.get(section)
-        chosen = {name for name in names if changes.get(name)} if isinstance(changes, Mapping) else set()
+        changes, old = above.get(section), kept.get(section)
+        if not isinstance(changes, Mapping) or not isinstance(old, Mapping):
+            continue
+        chosen = {name for name in names if changes.get(name)}
         if chosen:
-            kept[section] = {key: value for key, value in kept.get(section, {}).items() if key not in names - chosen}
+            kept[section] = {key: value for key, value in old.items() if key not in names - chosen}
     return kept
 
 
@@ -179,7 +206,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any], prefix: str = "")
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(old, list) and all(str(index).isdigit() for index in value):
+        if isinstance(value, Mapping) and isinstance(old, list) and all(str(index).isdecimal() for index in value):
             merged[key] = _merge_list(old, value, f"{prefix}{key}")
         elif isinstance(value, Mapping):
             merged[key] = _merge(old if isinstance(old, Mapping) else {}, value, f"{prefix}{key}.")
@@ -207,6 +234,8 @@ def problems(error: ValidationError, root: type[BaseModel]) -> str:
 def _one_line(problem: dict[str, Any], root: type[BaseModel]) -> str:
     """One pydantic problem as key, value, limit and fix."""
     location = [part for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "constrained-"))]
+    if location[-1:] in TRIED and problem["type"] not in ("extra_forbidden", "missing"):
+        location.pop()
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         section = _section_at(location[:-1], root)
@@ -219,7 +248,12 @@ def _one_line(problem: dict[str, Any], root: type[BaseModel]) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message
-    return f"{key}={problem['input']!r}: {message[:1].lower()}{message[1:]}"
+    given = repr(problem["input"])
+    given = given if len(given) <= 200 else f"{given[:200]}..."
+    section = _section_at(location, root) if problem["type"] == "model_type" else None
+    if section is not None:
+        return f"{key}={given}: it holds keys of its own: {', '.join(section.model_fields)}"
+    return f"{key}={given}: {message[:1].lower()}{message[1:]}"
 
 
 def _section_at(location: list[Any], root: type[BaseModel]) -> type[BaseModel] | None:

@@ -20,7 +20,9 @@ from trainwright.recipe.train import CheckpointRecipe, EvaluationRecipe, Trackin
 class Recipe(Section):
     """One training run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder")
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="names the run's folder"
+    )
     description: str = Field("", description="one line for `trainwright recipes`")
     task: Literal["pretrain", "sft"] = Field("sft", description="pretrain: every token; sft: the answers")
     model: ModelRecipe = Field(description="what is trained")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from trainwright.recipe.strict import Section
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainRecipe(Section):
@@ -26,7 +28,7 @@ class TrainRecipe(Section):
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="after the warmup")
     warmup: float = Field(0.03, ge=0, description="steps (>= 1) or share of all steps (< 1)")
     decay: float = Field(0.1, ge=0, description="wsd only: last steps (>= 1) or share (< 1) that decay")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's moments")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Adam's moments")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only, never on norms and biases")
     max_grad_norm: float = Field(1.0, ge=0, description="clip by global norm; 0 does not clip")
@@ -38,7 +40,7 @@ class TrainRecipe(Section):
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on GPUs")
     cuda_graph: bool = Field(False, description="record a pass and replay it: for rows of up to about 2048 tokens")
     loss_chunk: int = Field(0, ge=0, description="tokens whose logits exist at once; 0 chooses")
-    seed: int = Field(0, ge=0, description="weights, data order, dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="weights, data order, dropout")
     deterministic: bool = Field(False, description="bit-exact repeats, at some cost in speed")
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="NaN or Inf in loss or gradient")
     resume: bool | int = Field(False, description="go on from the run's newest checkpoint, or from that of a step")
