@@ -19,8 +19,8 @@ from typing import Any
 from pages import write_or_check
 
 from trainwright.bench.matrix import matrix_names
-from trainwright.bench.store import read_json, write_json
 from trainwright.bench.table import markdown_table, tables
+from trainwright.store import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from trainwright.bench.published import FOLDER, Published, PublishedRow, read_published
-from trainwright.bench.store import read_json
 from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig
 from trainwright.planner.build import build_job, model_config
+from trainwright.store import read_json
 
 Row = dict[str, Any]
 Flops = Callable[[ModelConfig, int], float]

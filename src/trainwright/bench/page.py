@@ -12,8 +12,8 @@ from typing import Any
 
 import jinja2
 
-from trainwright.bench.store import write_bytes, write_json, write_text
 from trainwright.bench.table import Row, csv_text, markdown, shown, tables
+from trainwright.store import write_bytes, write_json, write_text
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 CONVENTIONS = (

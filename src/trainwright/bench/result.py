@@ -20,10 +20,10 @@ from typing import Any
 from trainwright import __version__
 from trainwright.bench.cell import Cell, here, layout_name, model_name, predict, recompute_name, task_name
 from trainwright.bench.processes import Ended
-from trainwright.bench.store import read_json
 from trainwright.planner.compare import Measured, compare, out_of_memory
 from trainwright.planner.hardware import GIB, find_card, peak_flops
 from trainwright.planner.plan import Plan
+from trainwright.store import read_json
 from trainwright.train.metrics import read_lines
 
 Row = dict[str, Any]

@@ -21,9 +21,9 @@ from trainwright.bench.cell import Cell, choose, here, need_more_gpus
 from trainwright.bench.find import What, find_limit
 from trainwright.bench.processes import Warm
 from trainwright.bench.result import Row, describe, row_of
-from trainwright.bench.store import read_json, write_json, write_text
 from trainwright.errors import UserError
 from trainwright.recipe.show import to_yaml
+from trainwright.store import read_json, write_json, write_text
 from trainwright.train.metrics import read_lines
 
 RUN = ("ok", "oom", "crashed", "timeout")  # statuses of a cell that is not run again

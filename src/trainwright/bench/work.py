@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from trainwright.bench.store import write_json
 from trainwright.device import GIB, default_device, device_name, peak_memory_gib
 from trainwright.errors import UserError
 from trainwright.parallel import watch
 from trainwright.recipe.load import load_recipe
+from trainwright.store import write_json
 from trainwright.train.planned import asked_and_free, is_out_of_memory, phase_of
 from trainwright.train.signals import StopRequest
 from trainwright.train.trainer import Trainer

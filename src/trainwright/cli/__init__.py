@@ -1,10 +1,12 @@
 """The command line: one verb a command, one file a group of verbs.
 
-A verb imports what it needs when it runs, so that `--help` answers at once. A `UserError` becomes one line and exit
-status 2; any other exception is a bug of ours and keeps its traceback.
+A verb imports what it needs when it runs, so that `--help` answers at once. A `UserError`, a wrong option, and what a
+disk or a folder refuses become one line and exit status 2; any other exception is a bug of ours: its traceback stays.
 """
 
+import errno
 import sys
+from typing import Any
 
 import typer
 
@@ -33,18 +35,31 @@ app.command("prove")(prove.prove)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
+UsageError: Any = typer.BadParameter.__mro__[1]  # click's, which typer carries inside or has beside it
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what a write meets without naming a file
+
 
 def main() -> None:
     """The `trainwright` program."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))  # a closed pipe (`trainwright recipes | head`) is seen to in there
     except UserError as error:
-        print(f"trainwright: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except UsageError as error:
+        if not error.format_message():  # no words at all: the help has been printed
+            sys.exit(error.exit_code)
+        _refuse(f"{error.format_message()} (see {error.ctx.command_path} --help)")
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _refuse(f"{where}{error.strerror}")
     except SystemExit as leave:
         if leave.code == INTERRUPTED and not isinstance(leave, Interrupted):
             print("trainwright: interrupted", file=sys.stderr)
         raise
-    except BrokenPipeError:  # `trainwright recipes | head`
-        sys.stderr.close()
-        sys.exit(0)
+
+
+def _refuse(message: str) -> None:
+    print(f"trainwright: {message}", file=sys.stderr)
+    sys.exit(2)

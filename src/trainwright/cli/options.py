@@ -46,6 +46,15 @@ def refuse_existing(target: Path) -> None:
         raise UserError(f"{target} exists: choose another name, nothing was written")
 
 
+def check_new_recipe(file: Path) -> None:
+    """Before the work whose end is a recipe file. Raises UserError for a file that exists, or is named as JSON."""
+    from trainwright.errors import UserError
+
+    refuse_existing(file)
+    if file.suffix.lower() == ".json":
+        raise UserError(f"{file}: recipes are written as YAML, with comments: name it {file.with_suffix('.yaml')}")
+
+
 def print_table(table: "Table") -> None:
     """A table as wide as it needs where nobody's terminal limits it."""
     from rich.console import Console

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainwright.cli.options import Json, Overrides, RecipeName
+from trainwright.cli.options import Json, Overrides, RecipeName, check_new_recipe
 
 
 def plan(
@@ -41,8 +41,8 @@ def plan(
 
     if write is not None and not search:
         raise UserError("--write writes what --search finds best: say both")
-    if write is not None and write.exists():
-        raise UserError(f"{write} exists: choose another name, nothing was written")
+    if write is not None:
+        check_new_recipe(write)
     asked = load_recipe(recipe, overrides or ())
     links: dict[str, Any] = {"gpus_per_node": gpus_per_node, "link": link, "node_link": node_link}
     if gpu:
@@ -69,8 +69,8 @@ def plan(
     if best is None:
         sys.exit(1)
     if write is not None:
-        from trainwright.bench.store import write_text
         from trainwright.recipe.show import to_yaml
+        from trainwright.store import write_text
 
         write_text(write, to_yaml(best.recipe))
         print(f"wrote {write}; train it with: trainwright train {write} --gpus {cluster.gpus}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from trainwright.cli.options import Json, Overrides, RecipeName, print_table, refuse_existing
+from trainwright.cli.options import Json, Overrides, RecipeName, check_new_recipe, print_table, refuse_existing
 
 if TYPE_CHECKING:
     from trainwright.recipe.schema import Recipe
@@ -107,7 +107,7 @@ def copy(
     from trainwright.recipe.load import find, load_recipe
     from trainwright.recipe.show import copy_text, to_yaml
 
-    refuse_existing(file)
+    check_new_recipe(file)
     if made:
         from trainwright.bench.made import made as make
 
@@ -132,7 +132,7 @@ def import_(
     from trainwright.recipe.imports import import_file
 
     if write is not None:
-        refuse_existing(write)
+        check_new_recipe(write)
     found = import_file(file, kind, gpus=gpus, overrides=overrides or ())
     if write is not None:
         _write(write, found.to_yaml(), to=sys.stderr)

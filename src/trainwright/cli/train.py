@@ -30,6 +30,8 @@ def train(
     from trainwright.recipe.load import load_recipe
 
     asked = load_recipe(recipe, overrides or ())
+    if (resume or asked.train.resume is not False) and Path(recipe).is_dir():
+        asked = _this_run(asked, Path(recipe), overrides or [])
     from trainwright.parallel import launch  # torch comes in here, after the recipe is known to be good
 
     found = launch.join_environment(os.environ)
@@ -47,6 +49,16 @@ def train(
         from trainwright.train.trainer import train as run
 
         run(asked, resume=resume or None, force=force)
+
+
+def _this_run(recipe: "Recipe", folder: Path, overrides: list[str]) -> "Recipe":
+    """The run that goes on is this folder, wherever it was moved to or is seen from. Words that say otherwise count."""
+    here = {"output": str(folder.resolve().parent), "name": folder.resolve().name}
+    told = {word.partition("=")[0].strip() for word in overrides}
+    written = (Path(recipe.output) / recipe.name).resolve()
+    if told & here.keys() or written == folder.resolve():
+        return recipe
+    return recipe.model_copy(update=here)
 
 
 def _check(recipe: "Recipe", gpus: int) -> None:

@@ -73,6 +73,6 @@ def write_schema(path: Path = SCHEMA_FILE) -> None:
 
 
 def copy_text(name: str, recipe_file: Path) -> str:
-    """A shipped recipe to edit: its own text, with the line that lets editors complete keys."""
-    header = f"# yaml-language-server: $schema={SCHEMA_FILE}\n# copied from the shipped recipe {name}\n"
+    """A recipe to edit: its own text, with the line that lets editors complete keys."""
+    header = f"# yaml-language-server: $schema={SCHEMA_FILE}\n# copied from {name}\n"
     return header + recipe_file.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""JSON files that are whole or absent: written beside, synced, renamed. No torch."""
+"""Small files that are whole or absent: written beside, synced, renamed. No torch."""
 
 from __future__ import annotations
 
