@@ -234,6 +234,59 @@ def test_tools():
     assert trained_text(moved, moved.encode(messages_of(["q", "r"], ["a", "b"]), tools)) == " a</s> b</s>"
 
 
+def test_calls_of_tools_are_never_left_out():
+    """A template without them would write, and train, an empty answer."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    for name in ("chatml", "llama3", "byte"):
+        with pytest.raises(UserError, match="no place for tool_calls"):
+            template(name).encode(messages)
+    assert '"name": "add"' in trained_text(template("qwen"), template("qwen").encode(messages))
+
+
+def test_a_call_may_end_with_a_token_of_its_own():
+    """Llama 3.1 ends a call with <|eom_id|>: what the tool answers is not the model's."""
+    source = (
+        "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>' + m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name + '<|end|>' }}{% else %}{{ '<|eot_id|>' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+    )
+    chat = load_template(source, bpe_tokenizer(eos="<|eot_id|>"))
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+    assert trained_text(chat, chat.encode(messages)) == "look<|end|>It is sunny.<|eot_id|>"
+
+
+@pytest.mark.parametrize("name", ["chatml", "marked", "vicuna", "baichuan2", "glm4"])
+def test_answers_of_weight_0_are_read_only(name):
+    chat = template(name)
+    messages = messages_of(["q", "r", "s"], ["one", "two", "three"])
+    messages[3]["weight"] = 0
+    trained = trained_text(chat, chat.encode(messages))
+    assert ("one" in trained, "two" in trained, "three" in trained) == (True, False, True)
+    messages[5]["weight"] = 0
+    assert "one" in trained_text(chat, chat.encode(messages, loss_on="last"))
+    messages[1]["weight"] = 0
+    with pytest.raises(UserError, match="no assistant message, or all have weight 0"):
+        chat.encode(messages)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "llama2", "mistral", "vicuna", "chatglm2", "bloomz"])
+def test_a_conversation_that_begins_with_the_assistant(name):
+    """Formats without a mark before answers have no place for it; the others train it."""
+    chat = template(name)
+    messages = [{"role": "assistant", "content": "Hello"}, *messages_of(["q"], ["a"])]
+    with pytest.raises(UserError, match=r"begins with the assistant, .* begin with a user turn"):
+        chat.encode(messages)
+    assert "Hello" not in trained_text(chat, chat.encode(messages, loss_on="last"))
+    marked = template("chatml")
+    assert trained_text(marked, marked.encode(messages)) == "Hello<|im_end|>a<|im_end|>"
+
+
 def bpe_like_plain() -> Tokenizer:
     """The byte tokenizer with </s> only: [INST] and the like are plain text there."""
     tokenizer = load_tokenizer("byte")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -68,11 +69,11 @@ class Template:
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The conversation as text."""
-        return self._finder_for(tools).render(messages, tools).text
+        return self._finder_for(messages, tools).render(messages, tools).text
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Ids that a model continues with its answer."""
-        rendering = self._finder_for(tools).render(messages, tools, add_generation_prompt=True)
+        rendering = self._finder_for(messages, tools).render(messages, tools, add_generation_prompt=True)
         return self._tokenize(rendering)[0]
 
     def encode(
@@ -91,12 +92,12 @@ class Template:
         Raises:
             UserError: the template refuses the conversation, or no answer is there to be trained.
         """
-        finder = self._finder_for(tools)
+        finder = self._finder_for(messages, tools)
         rendering = finder.render(messages, tools)
         ids, offsets = self._tokenize(rendering)
         turns = finder.answers(messages, tools, rendering, last_only=loss_on != "assistant")
         if not turns and loss_on != "all":
-            raise UserError("conversation has no assistant message: nothing would be trained")
+            raise UserError("conversation has no assistant message, or all have weight 0: nothing would be trained")
         trained = [loss_on == "all"] * len(ids)
         stops: list[int] = []
         starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
@@ -120,15 +121,19 @@ class Template:
         if at == len(ids):
             ids.append(eos)
             trained.append(True)
-        elif loss_on == "assistant":
+        elif loss_on != "all":
             stops.append(at)
 
-    def _finder_for(self, tools: Sequence[Mapping[str, Any]] | None) -> TurnFinder:
-        if not tools:
-            return self._finder
-        if "tools" not in variables_of(self._tool_finder.source):
+    def _finder_for(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> TurnFinder:
+        finder = self._tool_finder if tools else self._finder
+        if tools and "tools" not in variables_of(finder.source):
             raise UserError(f"chat template {self.name} has no place for tools: use another data.template")
-        return self._tool_finder
+        if "tool_calls" not in finder.source and any(message.get("tool_calls") for message in messages):
+            raise UserError(
+                f"chat template {self.name} has no place for tool_calls, so an answer would be trained without them: "
+                "use another data.template"
+            )
+        return finder
 
     def _tokenize(self, rendering: Rendering) -> tuple[list[int], list[tuple[int, int]]]:
         specials = rendering.specials if rendering.protected else None
@@ -183,7 +188,7 @@ def load_template(spec: str | None, tokenizer: Tokenizer) -> Template:
         return Template(source, tokenizer, name=name)
     if "{%" in spec or "{{" in spec:
         return Template(spec, tokenizer)
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.suffix == ".jinja" and path.is_file():
         return Template(path.read_text(encoding="utf-8"), tokenizer, name=path.name)
     near = difflib.get_close_matches(name, [*shipped_templates(), *ALIASES], n=1)

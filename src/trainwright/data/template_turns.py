@@ -112,16 +112,20 @@ class TurnFinder:
         rendering: Rendering,
         last_only: bool,
     ) -> list[Turn]:
-        """The answers in order, or the last of them.
+        """The answers in order, or the last of them; without those of `weight` 0, which are only read.
 
         Raises:
             UserError: an answer cannot be told from what is around it.
         """
-        places = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
+        spoken = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
+        places = [at for at in spoken if messages[at].get("weight") != 0]
         if last_only:
             places = places[-1:]
-        marked = self._marked(messages, tools, rendering)
-        if marked:
+        if marked := self._marked(messages, tools, rendering):
+            if len(marked) == len(spoken):
+                return [turn for at, turn in zip(spoken, marked, strict=True) if at in places]
+            if len(places) < len(spoken) and not last_only:
+                raise UserError("chat template marks an answer in pieces, so none of weight 0 can be left out")
             return marked[-1:] if last_only else marked
         turns: list[Turn] = []
         for at in places:
@@ -179,9 +183,15 @@ class TurnFinder:
             ]
             if len(starts) == total:
                 return starts[number]
+        if at == 0:
+            raise UserError(
+                "the conversation begins with the assistant, which the chat template writes without a mark before it: "
+                "begin with a user turn, set data.loss_on=last, or use another data.template"
+            )
         raise UserError(
             f"chat template: answer {number + 1} of {total} is written differently in the whole conversation than when "
-            "it is asked for, so it cannot be trained in place: set data.loss_on=last, or use another data.template"
+            "it is asked for, so it cannot be trained in place: set data.loss_on=last and end with the answer, or use "
+            "another data.template"
         )
 
     def _headers(self, prompt: str) -> Iterator[str]:
@@ -206,10 +216,28 @@ class TurnFinder:
     ) -> Turn:
         """The turn that starts at `start`, through its end-of-turn token."""
         if at == len(messages) - 1 or self._closes_inner:
+            inside = False  # whether other special tokens come before the one that ends the turn
             for _, last, token_id in rendering.specials:
                 if last > start and token_id in self.stop:
-                    return Turn(start, last, True)
+                    own = self._own_end(messages, tools, rendering, at, last) if inside else last
+                    return Turn(start, own, True)
+                inside |= last > start
         return Turn(start, self._open_end(messages, tools, rendering, at, start), False)
+
+    def _own_end(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        rendering: Rendering,
+        at: int,
+        last: int,
+    ) -> int:
+        """`last`, or where the answer is over before it: a call of a tool may end with a token of its own."""
+        if at == len(messages) - 1:
+            return last
+        alone = self._text(messages[: at + 1], tools).rstrip()
+        over = max((end for _, end, _ in rendering.specials if end <= len(alone)), default=0)
+        return over if over == len(alone) < last and rendering.text.startswith(alone) else last
 
     def _open_end(
         self,
@@ -230,8 +258,11 @@ class TurnFinder:
                     if text.find(written, found + 1) < 0:
                         return end
                     break  # it may also be spelled by what the template writes before answers
-        until = self._text(messages[: at + 1], tools).rstrip()
-        if text.startswith(until) and len(until) >= start and (end is None or until.endswith(str(content).strip())):
+        until = self._text(messages[: at + 1], tools)
+        if end is None or not until.endswith(str(content)):
+            until = until.rstrip()
+        whole = end is None or until.rstrip().endswith(str(content).strip())
+        if whole and text.startswith(until) and len(until) >= start:
             return len(until)
         if end is not None:
             return end
