@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainwright.data.formats import FORMATS, BadRow, detect, to_sample
+from trainwright.data.formats import FORMATS, BadRow, check_columns, detect, to_sample
+from trainwright.errors import UserError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -62,6 +63,10 @@ def read(row: dict[str, Any], columns: dict[str, str] | None = None) -> Any:
         ({"messages": [{**CHAT[0], "name": None, "tool_calls": None}, CHAT[1]]}, "messages", CHAT),  # as Arrow fills it
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[1]]}, "messages", CHAT),
         ({"prompt": [CHAT[0]], "completion": [CHAT[1]]}, "prompt_completion", CHAT),
+        ({"prompt": [*CHAT, CHAT[0]], "completion": [CHAT[1]]}, "prompt_completion",  # the prompt is only read
+         [CHAT[0], {**CHAT[1], "weight": 0}, *CHAT]),
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}, *CHAT]}, "messages",
+         [CHAT[0], {**CHAT[1], "weight": 0}, *CHAT]),
     ],
 )  # fmt: skip
 def test_chats(row: dict[str, Any], form: str, messages: list[dict[str, str]]) -> None:
@@ -77,6 +82,19 @@ def test_tools_and_their_calls_become_objects() -> None:
     assert sample.messages[1]["content"] == ""
     assert sample.messages[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Paris"}}
     assert sample.messages[2] == {"role": "tool", "content": "sunny"}
+
+
+def test_calls_in_older_spellings() -> None:
+    """ShareGPT's function_call turns, and OpenAI's key of that name, are tool calls: templates write those."""
+    written = {"name": "weather", "arguments": {"city": "Paris"}}
+    called = [{"type": "function", "function": written}]
+    for value in (written, [written], {**written, "arguments": '{"city": "Paris"}'}):
+        turns = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": json.dumps(value)}]
+        assert read({"conversations": turns}).messages[1] == {
+            "role": "assistant", "content": "", "tool_calls": called
+        }  # fmt: skip
+    turn = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    assert read({"messages": [CHAT[0], turn]}).messages[1]["tool_calls"] == called
 
 
 def test_text_in_all_its_spellings() -> None:
@@ -123,6 +141,11 @@ def test_characters_are_those_of_the_row() -> None:
         ({"messages": [{"role": "user"}]}, "messages", "the content of turn 0 is a null"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages", "content of turn 0 is a list"),
         ({"messages": CHAT, "tools": "[{"}, "messages", "tools is broken JSON"),
+        ({"messages": [{**CHAT[1], "tool_calls": 5}]}, "messages", "tool_calls of turn 0 is a number, expected a list"),
+        ({"messages": [{**CHAT[1], "tool_calls": [{"function": {}}]}]}, "messages", "without a function and its name"),
+        ({"messages": [{**CHAT[1], "weight": 0.5}]}, "messages", "turn 0 has weight 0.5: use 0"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "sharegpt", "turn 0 is broken JSON"),
+        ({"prompt": [], "completion": []}, "prompt_completion", "completion is an empty list"),
         ({"messages": CHAT, "tools": [3]}, "messages", "expected a list of objects"),
         ({"messages": CHAT}, "alpaca", "looks like messages among alpaca"),
         ({"text": "x"}, "sharegpt", "looks like text among sharegpt"),
@@ -141,6 +164,19 @@ def test_unknown_keys_are_named() -> None:
         detect({"text": "Hi"}, {}, "alpaca")
 
 
+def test_a_turn_of_a_chat_is_no_document() -> None:
+    """A file that is one conversation would otherwise be read as texts, answers and questions alike."""
+    with pytest.raises(BadRow, match="keys content, role fit no format"):
+        detect(CHAT[0], {})
+    assert detect({"content": "x", "role": "y"}, {"text": "content"})[0] == "text"  # unless it is said
+
+
+def test_column_maps_name_keys_that_formats_read() -> None:
+    check_columns({"instruction": "q", "history": "h", "text": "body"})
+    with pytest.raises(UserError, match="no format reads 'histroy': did you mean history"):
+        check_columns({"histroy": "h"})
+
+
 def test_equal_content_is_equal_and_other_content_is_not() -> None:
     one, other = read({"messages": CHAT}), read({"conversations": CHAT})
     assert one.content() == other.content()
@@ -148,9 +184,14 @@ def test_equal_content_is_equal_and_other_content_is_not() -> None:
 
 
 KEYS = ["messages", "conversations", "instruction", "input", "output", "history", "system", "tools", "prompt",
-        "completion", "text", "role", "content", "from", "value", "tool_calls", "function", "arguments"]  # fmt: skip
+        "completion", "text", "role", "content", "from", "value", "tool_calls", "function", "arguments",
+        "function_call", "weight", "name"]  # fmt: skip
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["user", "assistant", "text", "{", ""]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["user", "assistant", "function_call", "text", "{", ""]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
     max_leaves=12,
 )

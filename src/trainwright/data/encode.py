@@ -128,7 +128,7 @@ class Encoder:
         bos, ids = self.tokenizer.bos_id, document.ids
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
             self.counts["double_bos"] += 1
-        if "\ufffd" in sample.text or any("\ufffd" in message["content"] for message in sample.messages or ()):
+        if any("\ufffd" in said for said in sample.texts()):
             self.counts["replaced_characters"] += 1
         stop = self.tokenizer.stop_ids if sample.messages is None else self.template.stop
         if ids and not _ends(document, stop):

@@ -6,9 +6,12 @@ tokens in encode.py. A row that is not what its format promises raises `BadRow`;
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from trainwright.errors import UserError
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -35,7 +38,13 @@ class Sample(NamedTuple):
         """Characters of the row itself, without templates, separators or a default system message."""
         if self.own_characters is not None:
             return self.own_characters
-        return len(self.prompt) + len(self.text) + sum(len(m.get("content") or "") for m in self.messages or ())
+        return sum(map(len, self.texts()))
+
+    def texts(self) -> Iterator[str]:
+        """What the row says, piece by piece, without calls of tools."""
+        yield self.prompt
+        yield self.text
+        yield from (message["content"] for message in self.messages or ())
 
     def content(self) -> str:
         """Everything the row wrote as one string: equal strings are duplicates."""
@@ -77,6 +86,8 @@ ROLES = {
     "bot": "assistant", "model": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
+# Other spellings of what a message says under one name.
+NOT_PASSED_ON = ("from", "value", "tool_calls", "function_call")
 
 
 def messages(row: Row) -> Sample:
@@ -90,11 +101,15 @@ def sharegpt(row: Row) -> Sample:
 
 
 def prompt_completion(row: Row) -> Sample:
-    """`prompt` and `completion`: two strings, joined as they are with no template; or two lists of messages."""
+    """`prompt` and `completion`: two strings, joined as they are with no template; or two lists of messages, of which
+    the second is trained."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
+        if not completion:
+            raise BadRow("completion is an empty list, expected a list of turns")
         turns = [_turn(turn, at) for at, turn in enumerate([*prompt, *completion])]
-        return Sample(messages=turns, tools=_tools(row))
+        read = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns[: len(prompt)]]
+        return Sample(messages=[*read, *turns[len(prompt) :]], tools=_tools(row))
     return Sample(prompt=_text(row, "prompt"), text=_text(row, "completion"))
 
 
@@ -118,6 +133,17 @@ KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "prompt_completion": {"prompt": ("query", "question"), "completion": ("response", "answer")},
     "text": {"text": ("content", "raw_content")},
 }
+OPTIONAL = ("system", "history", "input", "context", "tools")  # keys that formats read where they are
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raises UserError for a column map that gives a name to a key which no format reads."""
+    known = dict.fromkeys([*(key for keys in KEYS.values() for key in keys), *OPTIONAL])
+    for key in columns:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"data.sources[].columns: no format reads {key!r}: {hint}there are {', '.join(known)}")
 
 
 def detect(row: Row, columns: Mapping[str, str], form: str = "auto") -> tuple[str, dict[str, str]]:
@@ -129,6 +155,8 @@ def detect(row: Row, columns: Mapping[str, str], form: str = "auto") -> tuple[st
         BadRow: the keys fit no format, or not the named one.
     """
     for name, keys in KEYS.items() if form == "auto" else [(form, KEYS[form])]:
+        if form == "auto" and name == "text" and "role" in row and "text" not in {*row, *columns}:
+            continue  # one turn of a chat, whose `content` is no document
         found = {key: columns.get(key) or _first(row, (key, *others)) for key, others in keys.items()}
         if all(theirs is not None and theirs in row for theirs in found.values()):
             renamed = {key: theirs for key, theirs in found.items() if theirs is not None and theirs != key}
@@ -193,11 +221,25 @@ def _turn(turn: object, at: int) -> Message:
     if not isinstance(speaker, str) or speaker.lower() not in ROLES:
         raise BadRow(f"turn {at} is spoken by {speaker!r}: use one of {', '.join(ROLES)}")
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    spoken = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
-    spoken |= {"role": ROLES[speaker.lower()], "content": _content(content, at, bool(turn.get("tool_calls")))}
-    if calls := turn.get("tool_calls"):
+    calls = _calls(turn, at)
+    if speaker.lower() == "function_call":  # ShareGPT's spelling: the turn's text is one call or a list of them
+        named, content = _json(_content(content, at, False), f"the function_call of turn {at}"), ""
+        calls = [{"function": call} for call in (named if isinstance(named, list) else [named])]
+    spoken = {key: value for key, value in turn.items() if value is not None and key not in NOT_PASSED_ON}
+    spoken |= {"role": ROLES[speaker.lower()], "content": _content(content, at, bool(calls))}
+    if calls:
         spoken["tool_calls"] = [_tool_call(call, at) for call in calls]
+    if spoken.get("weight") not in (None, 0, 1):
+        raise BadRow(f"turn {at} has weight {spoken['weight']!r}: use 0 for an answer that is only read, or 1")
     return spoken
+
+
+def _calls(turn: Row, at: int) -> list[Any]:
+    """The tool calls of a turn: `tool_calls`, or OpenAI's older `function_call`."""
+    calls = turn.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise BadRow(f"tool_calls of turn {at} is a {_kind(calls)}, expected a list")
+    return calls or ([{"function": turn["function_call"]}] if turn.get("function_call") else [])
 
 
 def _content(content: object, at: int, may_be_empty: bool) -> str:
@@ -213,12 +255,12 @@ def _content(content: object, at: int, may_be_empty: bool) -> str:
 def _tool_call(call: object, at: int) -> dict[str, Any]:
     """A tool call with its arguments as an object: OpenAI stores them as a JSON string, templates write JSON."""
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-        raise BadRow(f"turn {at} has a tool call without a function")
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRow(f"turn {at} has a tool call without a function and its name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _json(arguments, f"the tool call arguments of turn {at}")
-    return {**call, "function": {**function, "arguments": arguments or {}}}
+    return {"type": "function", **call, "function": {**function, "arguments": arguments or {}}}
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:

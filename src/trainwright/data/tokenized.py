@@ -22,7 +22,7 @@ from trainwright.data.worker import Part, Work
 from trainwright.errors import UserError
 from trainwright.recipe.data import DataRecipe, SourceRecipe
 
-VERSION = 1  # raised when the same recipe would give other tokens
+VERSION = 2  # raised when the same recipe would give other tokens
 COUNTED_TOGETHER = 1 << 24
 
 
