@@ -160,6 +160,9 @@ def test_memory_stays_small_however_long_a_line_is(tmp_path: Path) -> None:
     [
         ("a.json", b'[{"text": "a"}, {"text": ]', "row 2: broken JSON"),
         ("a.json", b'[{"text": "a"}, ', "row 2: broken JSON"),
+        ("a.json", b'[{"text": "a"}{"text": "b"}]', "row 1: broken JSON: no comma"),
+        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]\n', "goes on after the array of 1 rows"),  # nothing is lost
+        ("a.json", b"[] x", "goes on after the array of 0 rows"),
         ("a.json", b'[{"text": "\xff"}]', "row 1: not UTF-8"),
         ("a.json", b"[" * 100_000, "row 1: broken JSON: maximum recursion"),
         ("a.json", b"[" + b"1" * 5000 + b"]", "row 1: broken JSON: Exceeds the limit"),

@@ -241,12 +241,19 @@ def _array_items(file: DataFile, longest: int) -> Iterator[Located]:
                 raise UserError(f"{file.path} row {row + 1}: broken JSON, or longer than {longest} bytes")
             return bool(block)
 
-        more()
-        begin = _after(pending, 0, "[")
-        while True:
-            begin = _after(pending, begin, "," if row else "")
-            if pending.startswith("]", begin):
-                return
+        def mark() -> str:
+            """The next character that is no space; "" at the end of the file."""
+            nonlocal begin
+            while True:
+                begin = SPACE.match(pending, begin).end()  # type: ignore[union-attr]
+                if begin < len(pending) or not more():
+                    return pending[begin : begin + 1]
+
+        mark()
+        begin += 1  # the bracket that `look` saw
+        following = "]" if mark() == "]" else ","
+        while following == ",":
+            mark()
             try:
                 item, end = decoder.raw_decode(pending, begin)
                 if end == len(pending) and more():  # a number may go on in the next block
@@ -259,12 +266,16 @@ def _array_items(file: DataFile, longest: int) -> Iterator[Located]:
                 raise UserError(f"{file.path} row {row + 1}: broken JSON: {error}") from None
             yield Located(row, item)
             begin, row = end, row + 1
-
-
-def _after(text: str, begin: int, mark: str) -> int:
-    """Where `text` goes on after space, one `mark` if it stands there, and space."""
-    begin = SPACE.match(text, begin).end()  # type: ignore[union-attr]
-    return SPACE.match(text, begin + len(mark)).end() if mark and text.startswith(mark, begin) else begin  # type: ignore[union-attr]
+            following = mark()
+            begin += 1
+            if following not in (",", "]"):
+                raise UserError(f"{file.path} row {row}: broken JSON: no comma and no ] after it")
+        begin += not row  # an empty array's bracket
+        if mark():
+            raise UserError(
+                f"{file.path} goes on after the array of {row} rows that it starts with: "
+                'a file is one array, or one object a line, such as {"messages": [...]}'
+            )
 
 
 def _arrow_batches(path: str) -> Iterator[Any]:
