@@ -17,8 +17,8 @@ from typing import Any
 def cache_folder(named: str | None) -> Path:
     """Where prepared data go: `data.cache`, $TRAINWRIGHT_CACHE, or trainwright in the user's cache folder."""
     if named or os.environ.get("TRAINWRIGHT_CACHE"):
-        return Path(named or os.environ["TRAINWRIGHT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trainwright"
+        return Path(os.path.expanduser(named or os.environ["TRAINWRIGHT_CACHE"]))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "trainwright"
 
 
 def digest(*values: Any) -> str:

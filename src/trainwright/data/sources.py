@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 
 from trainwright import hub
 from trainwright.data.arithmetic import Arithmetic
-from trainwright.data.formats import BadRow, detect
+from trainwright.data.formats import BadRow, check_columns, detect
 from trainwright.data.made import MadeTokens
 from trainwright.data.readers import DataFile, RowReader, look, places
 from trainwright.errors import UserError
@@ -68,6 +68,7 @@ def resolve(source: SourceRecipe, shipped: Path, max_line_bytes: int) -> Source:
         UserError: nothing is there, it is empty, or no format fits.
     """
     spec, path = source.path, source.path
+    check_columns(source.columns)
     if spec.startswith("made:"):
         return Source(spec, "indexed", indexed=(str(_write_made(spec, shipped)),))
     if spec.startswith("shipped:"):
@@ -96,7 +97,7 @@ def resolve(source: SourceRecipe, shipped: Path, max_line_bytes: int) -> Source:
 
 def _paths(path: str, source: SourceRecipe, hub: bool) -> list[Path]:
     """The data files that `path` names, in sorted order."""
-    expanded = Path(path).expanduser()
+    expanded = Path(os.path.expanduser(path))  # which leaves an unknown ~user as it is
     if expanded.is_dir():
         return _folder(expanded, source, hub)
     if expanded.is_file():
@@ -171,7 +172,7 @@ def _look(path: Path, source: SourceRecipe) -> DataFile:
 
 def _indexed_prefixes(path: str) -> tuple[str, ...]:
     """Prefixes of Megatron's file pairs: of the prefix itself, of one of its two files, or of a glob or folder."""
-    expanded = str(Path(path).expanduser())
+    expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
         expanded = os.path.join(expanded, "*.idx")
     names = sorted(glob.glob(expanded)) if glob.has_magic(expanded) else [expanded]
@@ -188,22 +189,36 @@ def _indexed_prefixes(path: str) -> tuple[str, ...]:
 def _look_for_format(
     spec: str, source: SourceRecipe, files: list[DataFile], max_line_bytes: int
 ) -> tuple[str, dict[str, str]]:
-    """The format that the first readable row shows, with the column map that reads it."""
+    """The format that the first readable row shows, with the column map that reads it.
+
+    Every name in the map must stand in one of the first rows: a misspelled one would drop what it should read.
+    """
     first_bad = ""
+    found: tuple[str, dict[str, str]] | None = None
+    unseen = set(source.columns.values())
     for file in files:
         reader = RowReader(file, max_line_bytes)
         for tried, (at, row, bad) in enumerate(reader.read(0, max_line_bytes)):
-            if tried >= LOOKED_AT:
+            if tried >= LOOKED_AT or (found and not unseen):
                 break
             try:
                 if not bad and not isinstance(row, dict):
                     raise BadRow("no object with keys")
                 if not bad:
-                    return detect(row, source.columns, source.format)
+                    unseen -= row.keys()
+                    found = found or detect(row, source.columns, source.format)
+                    continue
             except BadRow as error:
                 bad = str(error)
             first_bad = first_bad or f"{places(file, [at])[0]}: {bad}"
         reader.close()
+        if found and unseen:
+            raise UserError(
+                f"data.sources[].columns: none of the first {LOOKED_AT} rows of {file.path} has a key "
+                f"{' or '.join(map(repr, sorted(unseen)))}: correct the name, or take it out"
+            )
+        if found:
+            return found
         if first_bad:
             break
     raise UserError(first_bad or f"{spec} holds no row: {len(files)} file(s) of blank lines")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -234,7 +235,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return byte_tokenizer()
     if hub.is_id(str(spec)):
         return _load_folder(hub.fetch(str(spec), hub.TOKENIZER))
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.is_dir():
         return _load_folder(path)
     if not path.exists():

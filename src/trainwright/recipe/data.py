@@ -17,6 +17,8 @@ Finding = Literal[
     "double_bos", "missing_eos", "template", "replaced_characters", "truncated_answers",
 ]  # fmt: skip
 
+MOST_TIMES = 100_000  # between the weights of two sources
+
 
 class SourceRecipe(Section):
     """One source of samples."""
@@ -31,8 +33,12 @@ class SourceRecipe(Section):
     document: Literal["line", "paragraph", "file"] = Field(
         "line", description="what one document is in a .txt file; paragraphs end at blank lines"
     )
-    weight: float | None = Field(None, gt=0, description="share of rows when several sources are mixed without end")
-    epochs: float = Field(1.0, gt=0, description="passes over this source in one epoch of the mix, without weights")
+    weight: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="share of rows when several sources are mixed without end"
+    )
+    epochs: float = Field(
+        1.0, gt=0, le=1e6, description="passes over this source in one epoch of the mix, without weights"
+    )
 
 
 class FilterRecipe(Section):
@@ -82,6 +88,17 @@ class DataRecipe(Section):
         weighted = [source for source in self.sources if source.weight is not None]
         if weighted and len(weighted) != len(self.sources):
             raise ValueError("data.sources: give every source a weight, or none")
+        shares = [source.weight for source in weighted if source.weight is not None]
+        if shares and max(shares) > MOST_TIMES * min(shares):
+            raise ValueError(
+                f"data.sources: weights from {min(shares):g} to {max(shares):g} are more than {MOST_TIMES:,} times "
+                "apart: leave out what is next to never drawn"
+            )
+        if any(source.epochs != 1 for source in weighted):
+            raise ValueError(
+                "data.sources: a weight draws from its source without end, so epochs say nothing beside it: "
+                "give one of them"
+            )
         return self
 
     @property
