@@ -161,6 +161,51 @@ def test_filters(tmp_path: Path, make: Callable[..., Recipe], tokenizer: Tokeniz
     assert texts(prepared.train, tokenizer) == ["xxxx", "xxxxx", "xxxxx"]
 
 
+def test_the_share_of_trained_tokens_is_that_of_the_rows(
+    tmp_path: Path, make: Callable[..., Recipe], tokenizer: Tokenizer
+) -> None:
+    """Of samples that are cut, dropped or split, only what is left counts; counted here from the rows themselves."""
+    rows = [CHAT] * 3 + [{"messages": [*CHAT["messages"], {"role": "user", "content": "q" * 90}, *CHAT["messages"]]}]
+    for packing in (True, False):
+        for too_long in ("truncate", "drop", "split"):
+            recipe = make(
+                path=write_rows(tmp_path / "a.jsonl", rows), too_long=too_long, packing=packing, max_truncated=1
+            )
+            train = prepare(recipe, tokenizer).train
+            arrays = train.read(np.zeros(len(train), np.int64), np.arange(len(train)))
+            assert train.figures["trained"] == (arrays.labels >= 0).sum()
+            assert (arrays.labels >= 0).any(axis=1).all()
+
+
+def test_held_out_data_are_read_as_the_first_source_is(
+    tmp_path: Path, make: Callable[..., Recipe], tokenizer: Tokenizer
+) -> None:
+    """Where the format is said, it is said of both."""
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "plain", **CHAT}])
+    validation = prepare(make(path=path, format="text", validation=path), tokenizer).validation
+    assert validation is not None
+    assert texts(validation, tokenizer) == ["plain"]
+    mapped = {"path": write_rows(tmp_path / "b.jsonl", [{"q": "Hi", "a": "x"}]), "format": "alpaca",
+              "columns": {"instruction": "q", "output": "a"}}  # fmt: skip
+    shipped = prepare(make(sources=[mapped], validation="shipped:arithmetic?rows=3"), tokenizer).validation
+    assert shipped is not None
+    assert shipped.figures["documents"] == 3
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ([{"weight": float("inf")}], "finite number"),
+        ([{"weight": 1e-9}, {"weight": 1}], "more than 100,000 times apart"),
+        ([{"weight": 1, "epochs": 2}], "epochs say nothing beside it"),
+        ([{"epochs": float("inf")}], "less than or equal to 1000000"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(make: Callable[..., Recipe], sources: list[Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make(sources=[{"path": "a.jsonl", **source} for source in sources])
+
+
 # ---- the cache ----
 
 
@@ -362,7 +407,13 @@ def test_bad_rows_stop_or_are_counted_and_listed(
         ({}, {"path": "shipped:geometry"}, "is not shipped: use shipped:arithmetic"),
         ({}, {"path": "shipped:arithmetic?colour=red"}, "no setting 'colour'"),
         ({}, {"path": "hf:../../etc/passwd"}, "is no hub id"),
+        ({"a.jsonl": '{"text": "x"}'}, {"path": "a.jsonl", "validation": 0.9999999}, "data.validation=0.9999999"),
         ({}, {"path": "ftp:data"}, "ftp: is unknown"),
+        ({}, {"path": "~nobody-here/a.jsonl"}, "does not exist"),
+        ({"a.jsonl": '{"instruction": "q", "output": "a"}'},
+         {"sources": [{"path": "a.jsonl", "columns": {"input": "ctx"}}]}, "none of the first 100 rows .* key 'ctx'"),
+        ({"a.jsonl": '[{"role": "user", "content": "q"}]\n[{"role": "user", "content": "r"}]'}, {"path": "a.jsonl"},
+         "keys content, role fit no format|goes on after the array"),
         ({"a.bin": "x"}, {"path": "a.bin"}, "a.idx does not exist"),
         ({"a.bin": "x", "a.idx": "x"}, {"path": "a", "format": "indexed"}, "does not start with MMIDIDX"),
         ({"d/state.json": '{"_data_files": [{"filename": "../../x.arrow"}]}'}, {"path": "d"}, "outside of it: refused"),
@@ -441,6 +492,8 @@ def test_the_doctor_refuses_cut_answers_and_ids_without_embedding(
 def test_the_doctor_refuses_bad_encodings_and_missing_ends(
     tmp_path: Path, make: Callable[..., Recipe], tokenizer: Tokenizer
 ) -> None:
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "caf\ufffd", "completion": "x"}])
+    assert "1 of 1 samples hold U+FFFD" in complaint(make(path=path), tokenizer)
     path = write_rows(tmp_path / "a.jsonl", [{"text": "caf\ufffd"}, {"text": "café"}])
     assert "1 of 2 samples hold U+FFFD" in complaint(make(path=path), tokenizer)
     prepared = prepare(make(path=path, accept=["replaced_characters"]), tokenizer)
@@ -550,6 +603,10 @@ def test_the_command_shows_samples_with_what_is_trained(
     prepare_command(make(path=write_rows(tmp_path / "a.jsonl", [CHAT] * 2)), show=2, doctor=True)
     shown = capsys.readouterr()
     assert shown.out.count("Hi<|assistant|>Hello<|eos|>") == 2
-    assert "sample 2: 9 tokens, 6 trained" in shown.out or "trained" in shown.out
-    assert "doctor: nothing wrong" in shown.out
+    assert "sample 2: 11 tokens, 6 trained" in shown.out
+    assert "doctor: nothing wrong; the model is not here" in shown.out
     assert "train: 2 documents" in shown.err
+    prepare_command(make(path=str(tmp_path / "a.jsonl")), show=5, doctor=True, vocab_size=300)
+    shown = capsys.readouterr()
+    assert shown.out.count("Hi<|assistant|>") == 2  # no sample twice
+    assert "doctor: nothing wrong\n" in shown.out

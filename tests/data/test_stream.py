@@ -269,6 +269,24 @@ def test_the_doctor_sees_the_start_of_a_stream(
         len(rows)
 
 
+def test_bad_rows_of_a_stream_are_listed_and_stay_listed(
+    tmp_path: Path, make: Callable[..., Recipe], tokenizer: Tokenizer, closing: Callable[[Loader], Loader]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path)
+    lines = path.read_text().splitlines()
+    lines[3] = '{"text": 7}'
+    path.write_text("\n".join(lines))
+    prepared = prepare(make(path=str(path), on_bad_row="skip"), tokenizer, progress=False)
+    loader = closing(Loader(prepared.train, micro_batch_size=8))
+    while not list(prepared.folder.glob("*.bad.txt")) or list(prepared.folder.glob("part-00000.json")):
+        next(loader)  # until the part was there and was deleted
+    listed = "".join(file.read_text() for file in prepared.folder.glob("part-*.bad.txt"))
+    place = len("\n".join(lines[:3])) + 1
+    assert listed == f"{path} byte {place}: text is a number, expected a string\n"
+    assert f"listed as they come in {prepared.folder}/part-*.bad.txt" in prepared.summary[1]
+
+
 def test_the_command_shows_samples_of_a_stream(
     tmp_path: Path, make: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,7 +125,6 @@ def _documents(
     for number, prefix in enumerate(shards):
         shard = Shard(prefix)
         chosen = selection.choose(shard, duplicates.get(prefix), figures)
-        figures["trained"] += int(shard.records["trained"][chosen].sum())
         waiting.append(fit_documents(shard, number, chosen, how.seq_len, how.too_long, figures))
         if not how.packing:
             yield pad_rows(waiting.pop())

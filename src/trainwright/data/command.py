@@ -5,6 +5,8 @@ Owns choosing the tokenizer of a recipe. The command line's words are in cli/pre
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 
 from trainwright.data.prepare import Prepared, prepare
@@ -29,8 +31,12 @@ def prepare_command(recipe: Recipe, show: int = 0, doctor: bool = False, vocab_s
     if show:
         show_samples(prepared.train, tokenizer, show, recipe.train.seed, recipe.data.shuffle, console)
     if doctor:
-        accepted = f", apart from what data.accept names: {', '.join(recipe.data.accept)}" if recipe.data.accept else ""
-        console.print(f"doctor: nothing wrong{accepted}", highlight=False)
+        said = "doctor: nothing wrong"
+        if recipe.data.accept:
+            said += f", apart from what data.accept names: {', '.join(recipe.data.accept)}"
+        if vocab_size is None:
+            said += "; the model is not here, so token ids were not compared with its embedding"
+        console.print(said, highlight=False, soft_wrap=True)
     console.print(f"prepared data: {prepared.folder}", highlight=False, soft_wrap=True)
     return prepared
 
@@ -41,7 +47,10 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     Raises:
         UserError: there is none.
     """
-    spec = recipe.model.tokenizer or recipe.model.path
+    model = recipe.model
+    spec = model.tokenizer or model.path
+    if spec is None and isinstance(model.config, str) and Path(model.config).is_dir():  # as train/build.py finds it
+        spec = model.config
     if spec is None:
         raise UserError("model.config gives random weights and no tokenizer: set model.tokenizer, for example to byte")
     return load_tokenizer(spec)

@@ -118,9 +118,10 @@ def refuse_empty(name: str, tokens: Mapping[str, int], rows: Mapping[str, int], 
             f"{name} has no trained token: in all {rows['untrained']:,} samples the trained part lies behind "
             f"data.seq_len={data.seq_len}, or data.loss_on={data.loss_on} finds nothing: raise data.seq_len"
         )
+    held_out = f", data.validation={data.validation}" if data.validation and isinstance(data.validation, float) else ""
     raise UserError(
         f"{name} is empty after filtering: of {tokens['rows']:,} samples none is left, "
-        f"see data.filter, data.too_long={data.too_long} and data.seq_len={data.seq_len}"
+        f"see data.filter, data.too_long={data.too_long}{held_out} and data.seq_len={data.seq_len}"
     )
 
 

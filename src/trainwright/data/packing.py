@@ -77,7 +77,8 @@ def fit_documents(
 ) -> NDArray:
     """Segments of documents `chosen` of one shard, none longer than `seq_len`, none without a trained token.
 
-    A token is trained from the one before it, so the first of a segment is never a target.
+    A token is trained from the one before it, so the first of a segment is never a target. `counts` gets the targets
+    that are left.
 
     Raises:
         UserError: a document is too long and the policy is to raise.
@@ -101,8 +102,13 @@ def fit_documents(
     else:
         counts["truncated_answers"] += int((records["last"] >= seq_len).sum())
     fitted = np.minimum(lengths - offsets, seq_len)
-    trained = (records["trained"] > 0) & (records["first"] < offsets + fitted) & (records["last"] > offsets)
+    targets = records["trained"].astype(np.int64) - (records["first"] == 0)
+    cut = fitted < lengths
+    if cut.any():
+        targets[cut] = shard.trained_in((starts + offsets)[cut] + 1, fitted[cut] - 1)
+    trained = targets > 0
     counts["untrained"] += int((~trained).sum())
+    counts["trained"] += int(targets.sum())
     segments = np.zeros(int(trained.sum()), SEGMENT)
     segments["shard"], segments["start"], segments["length"] = number, (starts + offsets)[trained], fitted[trained]
     return segments

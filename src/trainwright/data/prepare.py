@@ -27,7 +27,7 @@ from trainwright.data.stream import StreamSet
 from trainwright.data.tokenized import TokenSet, plan_work, tokenize
 from trainwright.data.tokenizer import Tokenizer
 from trainwright.errors import UserError
-from trainwright.recipe.data import SourceRecipe
+from trainwright.recipe.data import DataFormat, SourceRecipe
 from trainwright.recipe.schema import Recipe
 
 
@@ -76,6 +76,8 @@ def _prepare(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int | None, progr
     if data.streaming:
         train = _streamed(recipe, tokenizer, vocab_size, shown)
         folder, lines = train.folder, [f"train: a stream of {sum(map(len, train.lanes)):,} parts"]
+        if data.on_bad_row == "skip":
+            lines.append(f"  bad rows are listed as they come in {folder}/part-*.bad.txt")
     else:
         tokens = tokenize(data, data.all_sources, encode_settings(recipe), tokenizer, shown)
         train = _rows(recipe, tokens, data.all_sources, Selection(*limits, held_out, "train"), tokenizer)
@@ -118,11 +120,12 @@ def _examine(
 
 
 def _validation_source(recipe: Recipe) -> list[SourceRecipe]:
-    """The held-out data at a path of their own, read as the first source is."""
-    first = recipe.data.all_sources[0]
-    return [
-        SourceRecipe(path=str(recipe.data.validation), format="auto", columns=first.columns, document=first.document)
-    ]
+    """The held-out data at a path of their own, read as the first source is: in its format where that is said."""
+    first, path = recipe.data.all_sources[0], str(recipe.data.validation)
+    if path.startswith(("shipped:", "made:")) or path.endswith((".bin", ".idx")):
+        return [SourceRecipe(path=path, format="auto")]
+    form: DataFormat = "auto" if first.format == "indexed" else first.format
+    return [SourceRecipe(path=path, format=form, columns=first.columns, document=first.document)]
 
 
 def _rows(

@@ -40,7 +40,7 @@ def show(
 
 def _documents(rows: RowSet | StreamSet, cursor: RowCursor | StreamCursor) -> Iterator[tuple[list[int], list[bool]]]:
     """Documents in training order, with which of their tokens are trained. A row without borders is one document."""
-    for position in count_from(0):
+    for position in range(len(rows)) if isinstance(rows, RowSet) else count_from(0):
         arrays = cursor.read(np.array([position]))
         ids, trained = arrays.input_ids[0], np.append(False, arrays.labels[0][:-1] != IGNORED)
         documents = np.zeros(len(ids), np.int32) if arrays.document_ids is None else arrays.document_ids[0]

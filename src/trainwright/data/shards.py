@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from trainwright.data.indexed import IndexedFile, IndexedWriter, map_file
 
 IGNORED = -100  # the target of a token that is not trained
+ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  # in each byte
 
 # hash: of the text; equal texts are duplicates. first, last: places of the first and last trained token, -1 for none.
 # trained: how many tokens are trained.
@@ -126,6 +127,18 @@ class Shard(IndexedFile):
     def _stops(self) -> NDArray | None:
         path = Path(f"{self.prefix}.stops")
         return map_file(path, STOP, 0, path.stat().st_size // STOP.itemsize) if path.exists() else None
+
+    def trained_in(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many tokens of each stretch [start, start + length) are trained."""
+        if self._bits is None:
+            return lengths
+        whole = np.concatenate([[0], np.cumsum(ONES[self._bits])])
+        padded = np.append(self._bits, np.uint8(0))
+
+        def before(places: NDArray[np.int64]) -> NDArray[np.int64]:
+            return whole[places >> 3] + ONES[padded[places >> 3] & (0xFF00 >> (places & 7)) & 0xFF]
+
+        return before(starts + lengths) - before(starts)
 
     def read(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The tokens at `places`, and what is to be predicted there: the token, EOS, or IGNORED."""

@@ -90,10 +90,10 @@ class StreamSet(RowShape):
                 np.concatenate([each.segments for each in both]), np.concatenate([each.counts for each in both])
             )
             counts["documents"] += len(chosen)
+            counts["trained"] += int(shard.records["trained"][chosen].sum())
         else:
             segments = fit_documents(shard, 0, chosen, how.seq_len, how.too_long, counts)
             rows = pack_rows(segments, how.seq_len) if how.packing else pad_rows(segments)
-        counts["trained"] += int(shard.records["trained"][chosen].sum())
         counts["rows"] += len(rows.counts)
         counts["row_tokens"] += int(rows.segments["length"].sum())
         return HeldRows(rows, [shard])

@@ -21,7 +21,7 @@ from trainwright.data.cache import read_json, try_claim, write_json
 from trainwright.data.encode import Encoder, EncodeSettings
 from trainwright.data.formats import BadRow, Sample, to_sample
 from trainwright.data.indexed import token_type
-from trainwright.data.readers import RowReader, places
+from trainwright.data.readers import LINE_KINDS, RowReader, places
 from trainwright.data.shards import Document, ShardWriter
 from trainwright.data.sources import Source
 from trainwright.data.tokenizer import Tokenizer, load_tokenizer
@@ -109,6 +109,18 @@ class PartTokenizer:
         figures += Counter(documents=writer.documents, tokens=writer.tokens, max_id=writer.max_id)
         write_json(prefix.with_suffix(".json"), {**figures, **self.encoder.counts, "bad": sorted(bad)})
 
+    def list_bad(self, part: Part, folder: Path) -> None:
+        """Writes the bad rows that a streamed part skipped as PREFIX.bad.txt, which outlives its shard.
+
+        Places are bytes in line formats: counting lines would read all of a huge file before them.
+        """
+        bad = read_json(part.prefix(folder).with_suffix(".json"))["bad"]
+        if bad:
+            file = self.work.sources[part.source].files[part.file]
+            unit, first = ("byte", 0) if file.kind in LINE_KINDS else ("row", 1)
+            lines = "".join(f"{file.path} {unit} {at + first}: {reason}\n" for at, reason in bad)
+            part.prefix(folder).with_suffix(".bad.txt").write_text(lines, encoding="utf-8")
+
     def _batches(
         self, part: Part, bad: list[tuple[int, str]], figures: Counter[str]
     ) -> Iterator[tuple[list[int], list[Sample]]]:
@@ -171,6 +183,8 @@ def main(folder: Path, shared: bool) -> None:
             with try_claim(lock) if shared else contextlib.nullcontext(True) as mine:
                 if mine and not part.done(folder):
                     tokenizing.run(part, folder, lambda share: say(share=share))
+                    if shared:
+                        tokenizing.list_bad(part, folder)
             say(done=True)
     except (UserError, OSError) as error:
         say(error=str(error))
