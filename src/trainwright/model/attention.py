@@ -75,24 +75,15 @@ class Attention(nn.Module):
         v_BSKD = self.v_proj(x_BSH).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSND, k_BSKD = self.q_norm(q_BSND), self.k_norm(k_BSKD)
-        if cache is not None and self.rope is not None and self.rope.dynamic:
-            # The angles change with the length, so the cache holds keys that are not turned yet.
-            k_BSKD, v_BSKD = cache.append(k_BSKD, v_BSKD)
-        q_BSND, k_BSKD = self._turn(q_BSND, k_BSKD, context.rotary)
-        if cache is not None and not (self.rope is not None and self.rope.dynamic):
+        if self.rope is not None and context.rotary is not None:
+            q_BSND = apply_rotary(q_BSND, context.rotary, self.rope)
+            k_BSKD = apply_rotary(k_BSKD, context.rotary, self.rope)
+        if cache is not None:
             k_BSKD, v_BSKD = cache.append(k_BSKD, v_BSKD)
         if context.logn_BS is not None:
             q_BSND = q_BSND * context.logn_BS[..., None, None].to(q_BSND.dtype)
         out_BSND = self.core(q_BSND, k_BSKD, v_BSKD, context.mask, context.slopes_N)
         return self.o_proj(out_BSND.flatten(-2))
-
-    def _turn(self, q_BSND: Tensor, k_BTKD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        if self.rope is None or rotary is None:
-            return q_BSND, k_BTKD
-        S = q_BSND.shape[1]
-        last = (rotary[0][:, -S:], rotary[1][:, -S:])
-        keys = rotary if k_BTKD.shape[1] != S else last
-        return apply_rotary(q_BSND, last, self.rope), apply_rotary(k_BTKD, keys, self.rope)
 
 
 def logn_factors(position_ids_BS: Tensor, logn_length: int) -> Tensor:

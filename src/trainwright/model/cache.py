@@ -40,6 +40,10 @@ class KVCache:
     def __init__(self) -> None:
         self._layers: dict[str, LayerCache] = {}
 
+    def clear(self) -> None:
+        """Forgets everything: what follows is a first pass."""
+        self._layers.clear()
+
     def layer(self, key: str) -> LayerCache:
         return self._layers.setdefault(key, LayerCache())
 

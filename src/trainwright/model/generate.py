@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from trainwright.model.cache import KVCache
+from trainwright.model.config import ModelConfig
+from trainwright.model.position import inverse_frequencies
 from trainwright.model.transformer import Transformer, check_learned_positions
 
 
@@ -77,11 +79,29 @@ def _rows(
 
 def _next_logits(model: Transformer, ids: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
     """[B, V]. Positions are made from the whole row, because some families read them from its tokens."""
-    held = cache.length if cache is not None else 0
     documents = None if mask is None else mask.to(torch.int32) - 1
     positions = model.positions(ids, documents)
+    if cache is not None and cache.length and _stale(model.config, ids, positions, cache.length):
+        cache.clear()
+    held = cache.length if cache is not None else 0
     logits: Tensor = model(ids[:, held:], mask, position_ids=positions, cache=cache, logits_to_keep=1)
     return logits[:, -1]
+
+
+def _stale(config: ModelConfig, ids: Tensor, positions: Tensor, held: int) -> bool:
+    """Whether what the cache holds is no longer what a pass over the whole rows would compute.
+
+    A row has outgrown the rotary frequencies of its keys (dynamic NTK), and every layer's input but the first's has
+    attended by them; or GLM has said itself that its answer begins, which makes a prompt of all before.
+    """
+    if config.prefix is not None and bool((ids[:, held:] == config.prefix.start_token_id).any()):
+        return True
+    parts = (block.self_attn.rope for block in config.layers)
+    for rope in {rope for rope in parts if rope is not None and rope.dynamic}:
+        before, now = (p.amax(-1, keepdim=True) + 1 for p in (positions[..., :held], positions))
+        if not torch.equal(inverse_frequencies(rope, before), inverse_frequencies(rope, now)):
+            return True
+    return False
 
 
 def sample(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, random: torch.Generator) -> Tensor:

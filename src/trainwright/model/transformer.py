@@ -276,8 +276,7 @@ class Transformer(nn.Module):
         in_training_too = not isinstance(rope.scaling, QwenNtkScaling)
         active = in_training_too or not self.training
         lengths_B1 = position_ids.amax(-1, keepdim=True) + 1 if active else None
-        # Keys from a cache are turned here too, so the tables are for all positions; a part of a row has no cache.
-        return rotary_tables(rope, position_ids[..., at] if isinstance(at, Tensor) else position_ids, lengths_B1)
+        return rotary_tables(rope, position_ids[..., at], lengths_B1)
 
     @property
     def device(self) -> torch.device:
