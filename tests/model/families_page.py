@@ -31,7 +31,7 @@ Against numbers that each family's original implementation computed in float32 o
 weights, inputs, logits, the stream after every layer, loss, every gradient). Largest difference anywhere; the bound is
 1e-4. Gradients are relative to each tensor's largest entry. *Packed*: how far logits of documents packed into one row
 are from those of each document alone; tests hold that, padding left and right, and the gradients of all, to 1e-5, and
-generation with a cache to the tokens of the full forward. *Saved*: whether saving what was loaded gives the same
+logits with a cache to those of the full forward. *Saved*: whether saving what was loaded gives the same
 `model.safetensors`, byte for byte. *Random*: random configurations against `transformers` itself, where it has the
 family.
 
@@ -69,12 +69,21 @@ TAIL = """
 - **Qwen 1** changes its rotary base and scales queries beyond `seq_length`, in evaluation only, as published. Positions
   are counted inside a row's real tokens; the published code counts padding too, which moves log-n in left-padded rows
   longer than `seq_length`.
-- **Dynamic scaling with a cache.** The angles of old keys change as a row grows, so the cache holds keys that are not
-  yet rotated: generation equals the full forward beyond the trained length too.
+- **Dynamic scaling with a cache.** All angles change as a row grows beyond the trained length, and with them what every
+  layer made of them; then generation reads the row anew, so it equals the full forward there too. For Qwen 1 that is
+  at each doubling of `seq_length`; for `rope_type: dynamic` at every token beyond `max_position_embeddings`.
 - **ChatGLM-6B's head** is a tensor of its own in the files. The published code ties it to the token table when
   `tie_word_embeddings` is true, which is its library's default; say `tie_word_embeddings: true` to train it so. The
   named model does, hence 6.17 billion parameters.
 - **Dropout** in published configs (GPT-2, BLOOM, OPT: 0.1) is not applied.
+- **Options that are not here** are refused in one line and never ignored: a test changes every key of every family's
+  published config class. Among them: GPT-2's `scale_attn_by_inverse_layer_idx`, Baichuan 2's `z_loss_weight`, Mixtral's
+  `router_jitter_noise`, `rope_type: longrope`, `quantization_config`.
+- **`rope_ratio`** in a ChatGLM config has two meanings. ChatGLM2-6B-32K divides positions by it, ChatGLM3-6B-32K and
+  GLM-4-9B multiply the rotary base. GLM-4 is known by its vocabulary; for the others `rope_ratio_scales: positions` or
+  `base` in the config says it.
+- **Qwen3-MoE's window** (`use_sliding_window`) is one of every layer, as in its published code; `max_window_layers`
+  between the first and the last layer is refused.
 - **GPT-3's banded layers**: `banded_window: 256` in a GPT-2 config makes every second layer see 256 positions.
 - **Pickles** (`pytorch_model.bin`) are not read in training: `trainwright convert import FOLDER NEW_FOLDER` turns them
   into safetensors with a reader that builds tensors and nothing else.

@@ -77,20 +77,27 @@ def mistral(draw: Draw) -> Any:
 
 
 def qwen2(draw: Draw) -> Any:
-    window = {"use_sliding_window": draw(st.booleans()), "sliding_window": 4, "max_window_layers": 1}
     shape = llama_shape(draw)
     shape["hidden_size"] = shape["num_attention_heads"] * shape.pop("head_dim")
-    return transformers.Qwen2Config(**shape, **window)
+    return transformers.Qwen2Config(**shape, **windows(draw))
+
+
+def windows(draw: Draw) -> dict[str, Any]:
+    return {
+        "use_sliding_window": draw(st.booleans()),
+        "sliding_window": 4,
+        "max_window_layers": draw(st.integers(0, 2)),
+    }
 
 
 def qwen3(draw: Draw) -> Any:
-    return transformers.Qwen3Config(**llama_shape(draw), attention_bias=draw(st.booleans()))
+    return transformers.Qwen3Config(**llama_shape(draw), attention_bias=draw(st.booleans()), **windows(draw))
 
 
 def mixtral(draw: Draw) -> Any:
     shape = llama_shape(draw)
-    experts = {"num_local_experts": 4, "num_experts_per_tok": draw(st.integers(1, 3)), "sliding_window": None}
-    return transformers.MixtralConfig(**shape, **experts)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": draw(st.integers(1, 3))}
+    return transformers.MixtralConfig(**shape, **experts, sliding_window=draw(st.sampled_from([None, 4])))
 
 
 def qwen3_moe(draw: Draw) -> Any:
@@ -102,6 +109,8 @@ def qwen3_moe(draw: Draw) -> Any:
         norm_topk_prob=draw(st.booleans()),
         mlp_only_layers=draw(st.sampled_from([[], [0]])) if draw(st.booleans()) else [],
         decoder_sparse_step=1,
+        use_sliding_window=draw(st.booleans()),
+        sliding_window=4,
     )
 
 
@@ -115,6 +124,8 @@ def gpt2(draw: Draw) -> Any:
         n_layer=draw(st.integers(1, 3)),
         n_inner=draw(st.sampled_from([None, 24])),
         activation_function=draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
+        tie_word_embeddings=draw(st.booleans()),
+        reorder_and_upcast_attn=draw(st.booleans()),
         bos_token_id=1,
         eos_token_id=1,
     )
@@ -128,6 +139,7 @@ def bloom(draw: Draw) -> Any:
         n_head=heads,
         n_layer=draw(st.integers(1, 3)),
         apply_residual_connection_post_layernorm=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
     )
 
 
@@ -165,21 +177,83 @@ def test_logits_and_gradients(family: str) -> None:
     @given(st.data())
     @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
     def compare(data: st.DataObject) -> None:
-        torch.manual_seed(0)
-        config = BUILDERS[family](data.draw)
-        config._attn_implementation = "eager"
-        theirs = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                parameter.add_(0.15 * torch.randn_like(parameter))
-        with tempfile.TemporaryDirectory() as folder:
-            theirs.save_pretrained(folder)
-            ours = load_model(folder, dtype=torch.float32)
-        assert ours.config.family == family
-        assert ours.config.num_parameters() == sum(p.numel() for p in theirs.parameters())
-        check(theirs, ours, gradients=family not in EXPERTS)
+        compare_with(BUILDERS[family](data.draw), family)
 
     compare()
+
+
+SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+QWEN_MOE = SMALL | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+YARN = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e6, "original_max_position_embeddings": 8}
+UNUSUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "one KV head, wide heads, all biases": (
+        "llama",
+        "LlamaConfig",
+        SMALL | {"num_key_value_heads": 1, "head_dim": 24, "attention_bias": True, "mlp_bias": True},
+    ),
+    "yarn with its weights": (
+        "llama",
+        "LlamaConfig",
+        SMALL | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 16, "beta_slow": 2}},
+    ),
+    "windows by layer": (
+        "qwen3",
+        "Qwen3Config",
+        SMALL
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "num_key_value_heads": 2}
+        | {"use_sliding_window": True, "sliding_window": 5, "head_dim": 16},
+    ),
+    "every second layer sparse": (
+        "qwen3_moe",
+        "Qwen3MoeConfig",
+        QWEN_MOE | {"decoder_sparse_step": 2, "num_key_value_heads": 4},
+    ),
+    "dense layers by name, windows": (
+        "qwen3_moe",
+        "Qwen3MoeConfig",
+        QWEN_MOE
+        | {"mlp_only_layers": [1], "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 5}
+        | {"num_key_value_heads": 1},
+    ),
+    "350m": (
+        "opt",
+        "OPTConfig",
+        {"vocab_size": 99, "hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 3}
+        | {"num_attention_heads": 4, "do_layer_norm_before": False, "max_position_embeddings": 32},
+    ),
+    "no last norm": (
+        "opt",
+        "OPTConfig",
+        {"vocab_size": 99, "hidden_size": 32, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"_remove_final_layer_norm": True, "max_position_embeddings": 32, "word_embed_proj_dim": 32},
+    ),
+    "14 heads, a head of its own": (
+        "bloom",
+        "BloomConfig",
+        {"vocab_size": 99, "hidden_size": 56, "n_head": 14, "n_layer": 2, "tie_word_embeddings": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_configurations(name: str) -> None:
+    family, made_by, keys = UNUSUAL[name]
+    compare_with(getattr(transformers, made_by)(**keys), family)
+
+
+def compare_with(config: Any, family: str) -> None:
+    torch.manual_seed(0)
+    config._attn_implementation = "eager"
+    theirs = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = load_model(folder, dtype=torch.float32)
+    assert ours.config.family == family
+    assert ours.config.num_parameters() == sum(p.numel() for p in theirs.parameters())
+    check(theirs, ours, gradients=family not in EXPERTS)
 
 
 def check(theirs: Any, ours: Any, *, gradients: bool) -> None:

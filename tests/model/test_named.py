@@ -124,6 +124,21 @@ def test_a_name_is_found_without_owner_or_capitals() -> None:
     assert load_config("llama-2-7b", overrides={"num_hidden_layers": 2}).num_layers == 2
 
 
+@pytest.mark.parametrize(
+    ("spoken", "name"),
+    [
+        ("Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
+        ("llama-3-70b", "meta-llama/Meta-Llama-3-70B"),
+        ("Mistral-7B", "mistralai/Mistral-7B-v0.1"),
+        ("Mixtral-8x7B", "mistralai/Mixtral-8x7B-v0.1"),
+        ("BLOOM-176B", "bigscience/bloom-176b"),
+        ("GLM-130B", "THUDM/glm-130b"),
+    ],
+)
+def test_names_as_people_say_them(spoken: str, name: str) -> None:
+    assert find(spoken) is find(name)
+
+
 def test_an_unknown_name_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"qwen2\.5-7b"):
         load_config("qwen25-7b")

@@ -129,6 +129,13 @@ class MaskConfig:
     window: int | None = None
 
 
+def even_head_dim(hidden_size: int, num_heads: int) -> int:
+    """hidden_size / num_heads; a ValueError where that is not whole."""
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size {hidden_size} is no multiple of {num_heads} attention heads")
+    return hidden_size // num_heads
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
     """Grouped-query attention (Ainslie et al. 2023); query head h reads KV head h // (num_heads / num_kv_heads)."""
@@ -162,7 +169,9 @@ class AttentionConfig:
     ) -> AttentionConfig:
         """The four projections from the usual sizes; `parts` are the other fields."""
         kv = num_kv_heads or num_heads
-        dim = head_dim or hidden_size // num_heads
+        if num_heads % kv:
+            raise ValueError(f"{num_heads} attention heads are no multiple of {kv} key-value heads")
+        dim = head_dim or even_head_dim(hidden_size, num_heads)
         q, k = (LinearConfig(hidden_size, n * dim, qkv_bias) for n in (num_heads, kv))
         return cls(num_heads, kv, dim, q, k, k, LinearConfig(num_heads * dim, hidden_size, o_bias), **parts)
 
@@ -239,6 +248,8 @@ class MoeConfig:
     def of(
         cls, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, activation: Activation, **rest: Any
     ) -> MoeConfig:
+        if not 0 < top_k <= num_experts:
+            raise ValueError(f"{top_k} experts a token of {num_experts}")
         up, down = LinearConfig(hidden_size, intermediate_size), LinearConfig(intermediate_size, hidden_size)
         experts = ExpertsConfig(up, up, down, activation, num_experts)
         return cls(LinearConfig(hidden_size, num_experts), experts, top_k, **rest)

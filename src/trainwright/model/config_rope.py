@@ -71,7 +71,11 @@ class RopeConfig:
     scaling: RopeScaling | None = None
     float16_frequencies: bool = False
 
+    def __post_init__(self) -> None:
+        if self.rotary_dim % 2:
+            raise ValueError(f"rotary positions turn pairs, {self.rotary_dim} dimensions are odd")
+
     @property
     def dynamic(self) -> bool:
-        """Whether the frequencies depend on the length: then a KV cache must hold keys that are not yet rotated."""
+        """Whether the frequencies depend on the length: then a KV cache is stale when they change (generate.py)."""
         return isinstance(self.scaling, DynamicNtkScaling | QwenNtkScaling)

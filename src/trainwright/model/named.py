@@ -269,7 +269,7 @@ _TABLE: list[tuple[str, str, dict[str, Any], tuple[str, str]]] = [
     (
         "mistralai/Mistral-7B-v0.3",
         "mistral",
-        _llama(*_MISTRAL, vocab_size=32768, max_position_embeddings=32768, rope_theta=1e6),
+        _llama(*_MISTRAL, vocab_size=32768, max_position_embeddings=32768, rope_theta=1e6, sliding_window=None),
         _APACHE_MISTRAL,
     ),
     (
@@ -328,10 +328,14 @@ def named_models() -> tuple[NamedModel, ...]:
 
 
 def find(name: str) -> NamedModel | None:
-    """By its full name or by what follows the owner, capitals ignored; None where there is none."""
+    """By its full name or by what follows the owner, capitals ignored; None where there is none.
+
+    What people leave out may be left out: Llama-3-8B for Meta-Llama-3-8B, Mistral-7B for its first version.
+    """
     wanted = name.lower()
     for row in named_models():
-        if wanted in (row.name.lower(), row.name.lower().split("/")[1]):
+        short = row.name.lower().split("/")[1]
+        if wanted in (row.name.lower(), short, short.removeprefix("meta-"), short.removesuffix("-v0.1")):
             return row
     return None
 
@@ -347,7 +351,7 @@ def of_hub(path: str) -> NamedModel | None:
         return None
     name = rest.partition("@")[0].rpartition("/")[2].lower()
     plain = _SAME_SHAPE.sub("", name)
-    return find(name) or find(plain) or find(f"meta-{plain}")
+    return find(name) or find(plain)
 
 
 def unknown(name: str) -> UserError:

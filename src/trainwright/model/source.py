@@ -12,6 +12,8 @@ from typing import Any
 from trainwright.errors import UserError
 from trainwright.model import families, folder, named
 from trainwright.model.config import ModelConfig
+from trainwright.model.families.reading import Keys, refuse
+from trainwright.model.shapes import parameter_shapes
 
 
 def load_config(
@@ -22,24 +24,38 @@ def load_config(
     `overrides` change keys of config.json before it is read. UserError names the file, the value and the fix.
     """
     told, given = _find(source)
-    keys = _Keys({**given, **(overrides or {})})
-    found = families.get(family or told or families.detect(keys))
+    keys = Keys({**given, **(overrides or {})})
+    if keys.get("quantization_config"):
+        raise UserError(
+            "quantization_config of config.json: weights in fewer bits are not read; take the unquantized ones and say "
+            "`quantize` in the recipe, or set quantization_config to null for random weights"
+        )
+    refuse(keys, is_encoder_decoder=False)
+    name = family or told or _whose(keys)
     try:
-        return found.from_hf(keys)
+        config = families.get(name).from_hf(keys)
+        _check_sizes(config)
     except KeyError as error:
-        raise UserError(f"config.json has no {error}, which the family {found.name} needs") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"config.json cannot be read as one of the family {found.name}: {error}") from error
+        raise UserError(f"config.json has no {error}, which the family {name} needs") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json cannot be read as one of the family {name}: {error}") from error
+    return config
 
 
-class _Keys(dict[str, Any]):
-    """A key that is null is a key that is not there."""
+def _whose(keys: Keys) -> str:
+    try:
+        return families.detect(keys)
+    except KeyError as error:
+        raise UserError(f"config.json has no {error}, which tells the family: say model.family=NAME") from error
 
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        if value is None:
-            raise KeyError(key)
-        return value
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Raises ValueError for sizes that no tensor can have: JSON has one kind of number, tensors want whole ones."""
+    for name, shape in parameter_shapes(config).items():
+        if not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(f"{name} would be {list(shape)}, sizes are whole numbers above 0")
+    if not config.layers:
+        raise ValueError("it has no layers")
 
 
 def _find(source: str | Path | Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
@@ -60,6 +76,10 @@ def _find(source: str | Path | Mapping[str, Any]) -> tuple[str | None, Mapping[s
 def spelled_config(config: ModelConfig) -> dict[str, Any]:
     """config.json of this model: word for word what it came from where that still says the same."""
     family = families.get(config.family)
-    if config.source.get("architectures") and family.from_hf(config.source) == config:
+    if config.source.get("architectures") and family.from_hf(Keys(config.source)) == config:
         return dict(config.source)
-    return {**config.source, **family.to_hf(config)}
+    spelled = family.to_hf(config)
+    kept = {
+        key: value for key, value in config.source.items() if key != "rope_parameters" or "rope_theta" not in spelled
+    }
+    return {**kept, **spelled}

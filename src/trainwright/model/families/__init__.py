@@ -68,6 +68,8 @@ def get(name: str) -> Family:
 def detect(config: Mapping[str, Any]) -> str:
     """The family's name from the keys of config.json."""
     kind = config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise UserError(f"model_type {kind!r} of config.json is not a name: say the family with model.family=NAME")
     if kind in _MODEL_TYPES:
         return _MODEL_TYPES[kind]
     if kind in _SHARED_TYPES:

@@ -12,7 +12,7 @@ from typing import Any
 
 from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig
-from trainwright.model.families import llama
+from trainwright.model.families import llama, reading
 from trainwright.model.families.family import Family, Row
 
 _ATTENTION = "layers.{n}.self_attn."
@@ -45,6 +45,7 @@ def tell(config: Mapping[str, Any]) -> str:
 
 
 def _from_hf(config: Mapping[str, Any], *, name: str, alibi: bool, normalized: bool) -> ModelConfig:
+    reading.refuse(config, z_loss_weight=0)
     layer = llama.block(config)
     attention = replace(layer.self_attn, rope=None, alibi=True) if alibi else layer.self_attn
     layer = replace(layer, self_attn=attention)

@@ -33,6 +33,7 @@ ROWS = (
     Row("h.{n}.mlp.dense_h_to_4h", "layers.{n}.mlp.up_proj"),
     Row("h.{n}.mlp.dense_4h_to_h", "layers.{n}.mlp.down_proj"),
     Row("ln_f", "norm"),
+    Row("lm_head", "lm_head"),
 )
 
 
@@ -55,7 +56,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         embed_norm=norm,
         layers=(layer,) * reading.need(config, "n_layer", "num_hidden_layers"),
         norm=norm,
-        lm_head=HeadConfig(hidden, vocab, tied=True),
+        lm_head=HeadConfig(hidden, vocab, tied=bool(config.get("tie_word_embeddings", True))),
         max_position_embeddings=config.get("seq_length") or 2048,
         initializer_range=config.get("initializer_range", 0.02),
         source=dict(config),
@@ -76,6 +77,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "apply_residual_connection_post_layernorm": layer.residual.kind == "scaled",
         "initializer_range": config.initializer_range,
         "seq_length": config.max_position_embeddings,
+        "tie_word_embeddings": config.lm_head.tied,
         **reading.spell_token_ids(config),
     }
 

@@ -23,6 +23,7 @@ from trainwright.model.config import (
     PrefixConfig,
     ResidualConfig,
     RopeConfig,
+    even_head_dim,
 )
 from trainwright.model.families import reading
 from trainwright.model.families.family import Family, Row
@@ -57,7 +58,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     reading.refuse(config, position_encoding_2d=True, pre_seq_len=None, quantization_bit=0)
     hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_layers"]
     vocab = config["vocab_size"]
-    head_dim = hidden // heads
+    head_dim = even_head_dim(hidden, heads)
     norm = NormConfig(hidden, config.get("layernorm_epsilon", 1e-5), "layer")
     layer = BlockConfig(
         AttentionConfig.of(

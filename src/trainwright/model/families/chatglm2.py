@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from trainwright.errors import UserError
 from trainwright.model.config import (
     AttentionConfig,
     BlockConfig,
     EmbeddingConfig,
     HeadConfig,
+    LinearScaling,
     MlpConfig,
     ModelConfig,
     NormConfig,
@@ -58,7 +60,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             head_dim,
             qkv_bias=bias or config.get("add_qkv_bias", False),
             o_bias=bias,
-            rope=RopeConfig(head_dim // 2, 10000.0 * config.get("rope_ratio", 1.0), "interleaved"),
+            rope=_rope(config, head_dim),
         ),
         MlpConfig.of(hidden, config["ffn_hidden_size"], bias=bias),
         norm,
@@ -77,12 +79,29 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _rope(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
+    """`rope_ratio`: ChatGLM2-6B-32K divides positions by it, ChatGLM3-6B-32K and GLM-4-9B multiply the base; nothing
+    but the vocabulary tells GLM-4, so the others need a key of ours."""
+    ratio = config.get("rope_ratio", 1)
+    scales = config.get("rope_ratio_scales", "base" if ratio == 1 or config["padded_vocab_size"] > 65024 else None)
+    if scales == "base":
+        return RopeConfig(head_dim // 2, 10000.0 * ratio, "interleaved")
+    if scales == "positions":
+        return RopeConfig(head_dim // 2, 10000.0, "interleaved", scaling=LinearScaling(ratio))
+    raise UserError(
+        f"rope_ratio={ratio} of config.json has two meanings: add rope_ratio_scales (it is {scales!r}), `positions` "
+        "for ChatGLM2-6B-32K or `base` for ChatGLM3-6B-32K"
+    )
+
+
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     layer = config.layers[0]
     attention, rope = layer.self_attn, layer.self_attn.rope
     assert isinstance(layer.mlp, MlpConfig)
     assert rope is not None
-    ratio = {} if rope.theta == 10000.0 else {"rope_ratio": rope.theta / 10000.0}
+    linear = rope.scaling if isinstance(rope.scaling, LinearScaling) else None
+    ratio: dict[str, Any] = {"rope_ratio": linear.factor if linear else rope.theta / 10000.0}
+    ratio = {} if ratio["rope_ratio"] == 1 else ratio | {"rope_ratio_scales": "positions" if linear else "base"}
     return {
         "architectures": ["ChatGLMModel"],
         "model_type": "chatglm",

@@ -58,7 +58,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         embed_positions=PositionTableConfig(positions, hidden),
         layers=tuple(BlockConfig(banded if n % 2 else attention, mlp, norm, norm) for n in range(config["n_layer"])),
         norm=norm,
-        lm_head=HeadConfig(hidden, vocab, tied=config.get("tie_word_embeddings", True)),
+        lm_head=HeadConfig(hidden, vocab, tied=bool(config.get("tie_word_embeddings", True))),
         max_position_embeddings=positions,
         initializer_range=config.get("initializer_range", 0.02),
         source=dict(config),
@@ -67,9 +67,10 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    layer, other = config.layers[0], config.layers[-1]
+    layer = config.layers[0]
     assert isinstance(layer.mlp, MlpConfig)
-    window = {"banded_window": other.self_attn.mask.window} if other.self_attn.mask.window else {}
+    windows = [banded.self_attn.mask.window for banded in config.layers[1::2]]
+    window = {"banded_window": windows[0]} if windows and windows[0] else {}
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -83,6 +84,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "activation_function": reading.spell_activation(layer.mlp.activation),
         "layer_norm_epsilon": layer.input_layernorm.eps,
         "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.lm_head.tied,
         **window,
         **reading.spell_token_ids(config),
     }

@@ -16,6 +16,7 @@ from trainwright.model.config import (
     MlpConfig,
     ModelConfig,
     NormConfig,
+    even_head_dim,
 )
 from trainwright.model.families import reading
 from trainwright.model.families.family import Family, Row
@@ -39,11 +40,20 @@ OUTER = (
 IGNORED = ("*.rotary_emb.inv_freq",)
 
 
-def block(config: Mapping[str, Any], *, qkv_bias: bool = False, o_bias: bool = False, **attention: Any) -> BlockConfig:
-    """One layer from the keys that these families share."""
+def block(
+    config: Mapping[str, Any],
+    *,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    head_dim: int | None = None,
+    rope_theta: float = 10000.0,
+    rms_norm_eps: float = 1e-6,
+    **attention: Any,
+) -> BlockConfig:
+    """One layer from the keys that these families share; the last three numbers are for keys that are not there."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    norm = NormConfig(hidden, config.get("rms_norm_eps", 1e-6))
+    head_dim = config.get("head_dim") or head_dim or even_head_dim(hidden, heads)
+    norm = NormConfig(hidden, config.get("rms_norm_eps", rms_norm_eps))
     act = reading.activation(config.get("hidden_act", "silu"))
     return BlockConfig(
         AttentionConfig.of(
@@ -53,7 +63,7 @@ def block(config: Mapping[str, Any], *, qkv_bias: bool = False, o_bias: bool = F
             head_dim,
             qkv_bias=qkv_bias,
             o_bias=o_bias,
-            rope=reading.rope(config, head_dim),
+            rope=reading.rope(config, head_dim, rope_theta),
             **attention,
         ),
         MlpConfig.of(hidden, config["intermediate_size"], bias=bool(config.get("mlp_bias")), activation=act),
@@ -62,14 +72,21 @@ def block(config: Mapping[str, Any], *, qkv_bias: bool = False, o_bias: bool = F
     )
 
 
-def decoder(family: str, config: Mapping[str, Any], layers: tuple[BlockConfig, ...], **parts: Any) -> ModelConfig:
+def decoder(
+    family: str,
+    config: Mapping[str, Any],
+    layers: tuple[BlockConfig, ...],
+    *,
+    rms_norm_eps: float = 1e-6,
+    **parts: Any,
+) -> ModelConfig:
     """The whole model around its layers."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     return ModelConfig(
         family=family,
         embed_tokens=EmbeddingConfig(vocab, hidden, reading.padding_idx(config)),
         layers=layers,
-        norm=NormConfig(hidden, config.get("rms_norm_eps", 1e-6)),
+        norm=NormConfig(hidden, config.get("rms_norm_eps", rms_norm_eps)),
         lm_head=HeadConfig(hidden, vocab, tied=bool(config.get("tie_word_embeddings", False))),
         max_position_embeddings=config.get("max_position_embeddings", 2048),
         initializer_range=config.get("initializer_range", 0.02),

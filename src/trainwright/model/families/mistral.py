@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainwright.model.config import MaskConfig, ModelConfig
-from trainwright.model.families import llama
+from trainwright.model.families import llama, reading
 from trainwright.model.families.family import Family
 
 
+def window(config: Mapping[str, Any]) -> int | None:
+    """`sliding_window`: null is none, and where the key is not there the published code takes 4096."""
+    return config.get("sliding_window") if "sliding_window" in config else 4096
+
+
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    layer = llama.block(config, mask=MaskConfig(window=config.get("sliding_window")))
+    reading.refuse(config, layer_types=None)
+    layer = llama.block(config, mask=MaskConfig(window=window(config)))
     return llama.decoder("mistral", config, (layer,) * config["num_hidden_layers"])
 
 

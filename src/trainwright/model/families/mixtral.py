@@ -20,8 +20,12 @@ ROWS = (
     Row(_MOE + "experts.{e}.w3", "layers.{n}.mlp.experts.up_proj", "stack"),
 )
 
+EPS = 1e-5
+"""Of the norms, where config.json does not say."""
+
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    reading.refuse(config, router_jitter_noise=0.0)
     moe = MoeConfig.of(
         config["hidden_size"],
         config["intermediate_size"],
@@ -30,8 +34,10 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         reading.activation(config.get("hidden_act", "silu")),
         aux_loss_coef=config.get("router_aux_loss_coef", 0.001),
     )
-    layer = llama.block(config, mask=MaskConfig(window=config.get("sliding_window")))
-    return llama.decoder("mixtral", config, (replace(layer, mlp=moe),) * config["num_hidden_layers"])
+    mask = MaskConfig(window=config.get("sliding_window"))
+    layer = llama.block(config, mask=mask, rope_theta=1e6, rms_norm_eps=EPS)
+    layers = (replace(layer, mlp=moe),) * config["num_hidden_layers"]
+    return llama.decoder("mixtral", config, layers, rms_norm_eps=EPS)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from trainwright.model.config import (
     NormConfig,
     QwenNtkScaling,
     RopeConfig,
+    even_head_dim,
 )
 from trainwright.model.families import reading
 from trainwright.model.families.family import Family, Row
@@ -42,7 +43,7 @@ ROWS = (
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     reading.refuse(config, no_bias=True, scale_attn_weights=True)
     hidden, heads, vocab = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
-    head_dim = config.get("kv_channels") or hidden // heads
+    head_dim = config.get("kv_channels") or even_head_dim(hidden, heads)
     trained = config.get("seq_length", 2048)
     norm = NormConfig(hidden, config.get("layer_norm_epsilon", 1e-6))
     layer = BlockConfig(
@@ -55,9 +56,9 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             rope=RopeConfig(
                 int(head_dim * config.get("rotary_pct", 1.0)),
                 float(config.get("rotary_emb_base", 10000)),
-                scaling=QwenNtkScaling(trained) if config.get("use_dynamic_ntk") else None,
+                scaling=QwenNtkScaling(trained) if config.get("use_dynamic_ntk", True) else None,
             ),
-            logn_length=trained if config.get("use_logn_attn") else None,
+            logn_length=trained if config.get("use_logn_attn", True) else None,
         ),
         MlpConfig.of(hidden, config["intermediate_size"] // 2),
         norm,

@@ -5,19 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from trainwright.errors import UserError
 from trainwright.model.config import MaskConfig, ModelConfig
-from trainwright.model.families import llama
+from trainwright.model.families import llama, mistral
 from trainwright.model.families.family import Family
 
 
 def masks(config: Mapping[str, Any]) -> list[MaskConfig]:
     """Each layer's mask: `layer_types` where given, else a window from layer `max_window_layers` on."""
     layers = config["num_hidden_layers"]
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    types = config.get("layer_types") or [
-        "sliding_attention" if n >= config.get("max_window_layers", 28) else "full_attention" for n in range(layers)
-    ]
-    return [MaskConfig(window=window if kind == "sliding_attention" else None) for kind in types]
+    window = mistral.window(config) if config.get("use_sliding_window") else None
+    types = config.get("layer_types")
+    if types is None:
+        windowed = [n >= config.get("max_window_layers", 28) for n in range(layers)]
+    else:
+        windowed = [_windowed(kind, window) for kind in types]
+    if len(windowed) != layers:
+        raise UserError(
+            f"layer_types of config.json names {len(windowed)} layers, num_hidden_layers is {layers}: "
+            "change both, or set layer_types to null"
+        )
+    return [MaskConfig(window=window if this else None) for this in windowed]
+
+
+def _windowed(kind: str, window: int | None) -> bool:
+    if kind not in ("full_attention", "sliding_attention"):
+        raise UserError(f"layer_types of config.json has {kind!r}: only full_attention and sliding_attention are known")
+    if kind == "sliding_attention" and window is None:
+        raise UserError(
+            "layer_types of config.json has sliding_attention: set use_sliding_window and sliding_window too"
+        )
+    return kind == "sliding_attention"
 
 
 def spell_masks(config: ModelConfig) -> dict[str, Any]:

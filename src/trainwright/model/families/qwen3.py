@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainwright.model.config import BlockConfig, ModelConfig, NormConfig
+from trainwright.model.config import BlockConfig, MaskConfig, ModelConfig, NormConfig
 from trainwright.model.families import llama
 from trainwright.model.families.family import Family
 from trainwright.model.families.qwen2 import masks, spell_masks
@@ -14,18 +14,16 @@ HEAD_DIM = 128
 """What the published code takes where config.json does not say."""
 
 
-def blocks(config: Mapping[str, Any]) -> tuple[BlockConfig, ...]:
+def blocks(config: Mapping[str, Any], masks: Sequence[MaskConfig]) -> tuple[BlockConfig, ...]:
     """The dense layers; Qwen3-MoE changes their MLPs."""
-    config = {"head_dim": HEAD_DIM, **config}
-    bias = bool(config.get("attention_bias", False))
-    norm = NormConfig(config["head_dim"], config.get("rms_norm_eps", 1e-6))
-    return tuple(
-        llama.block(config, qkv_bias=bias, o_bias=bias, q_norm=norm, k_norm=norm, mask=mask) for mask in masks(config)
-    )
+    bias, head_dim = bool(config.get("attention_bias", False)), config.get("head_dim", HEAD_DIM)
+    norm = NormConfig(head_dim, config.get("rms_norm_eps", 1e-6))
+    parts = {"qkv_bias": bias, "o_bias": bias, "head_dim": head_dim, "q_norm": norm, "k_norm": norm}
+    return tuple(llama.block(config, **parts, mask=mask) for mask in masks)
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    return llama.decoder("qwen3", config, blocks(config))
+    return llama.decoder("qwen3", config, blocks(config, masks(config)))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

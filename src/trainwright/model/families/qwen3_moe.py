@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from trainwright.model.config import MlpConfig, ModelConfig, MoeConfig
+from trainwright.errors import UserError
+from trainwright.model.config import MaskConfig, MlpConfig, ModelConfig, MoeConfig
 from trainwright.model.families import llama, reading
 from trainwright.model.families.family import Family, Row
-from trainwright.model.families.qwen2 import spell_masks
+from trainwright.model.families.mistral import window
+from trainwright.model.families.qwen2 import masks, spell_masks
 from trainwright.model.families.qwen3 import blocks
 
 _MOE = "model.layers.{n}.mlp."
@@ -25,6 +27,18 @@ ROWS = (
 )
 
 
+def _masks(config: Mapping[str, Any]) -> list[MaskConfig]:
+    """A window in every layer or in none: the published code reads no max_window_layers here."""
+    found = masks(reading.Keys({**config, "max_window_layers": config.get("max_window_layers", 0)}))
+    wanted = MaskConfig(window=window(config) if config.get("use_sliding_window") else None)
+    if any(mask != wanted for mask in found):
+        raise UserError(
+            "use_sliding_window of config.json is for every layer in Qwen3-MoE's published code: "
+            "set max_window_layers to 0 and layer_types to null"
+        )
+    return found
+
+
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     moe = MoeConfig.of(
         config["hidden_size"],
@@ -37,7 +51,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     )
     dense, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
     layers = tuple(
-        layer if n in dense or (n + 1) % step else replace(layer, mlp=moe) for n, layer in enumerate(blocks(config))
+        layer if n in dense or (n + 1) % step else replace(layer, mlp=moe)
+        for n, layer in enumerate(blocks(config, _masks(config)))
     )
     return llama.decoder("qwen3_moe", config, layers)
 

@@ -30,6 +30,20 @@ _ACTIVATIONS: dict[str, Activation] = {
 _SPELLED: dict[Activation, str] = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 
+class Keys(dict[str, Any]):
+    """config.json's keys; one that is null is one that is not there, unless `in` is asked."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if value is None:
+            raise KeyError(key)
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = super().get(key)
+        return default if value is None else value
+
+
 def need(config: Mapping[str, Any], *names: str) -> Any:
     """The first of these keys that config.json has."""
     for name in names:
@@ -41,7 +55,7 @@ def need(config: Mapping[str, Any], *names: str) -> Any:
 def refuse(config: Mapping[str, Any], **only: Any) -> None:
     """Options of the published code that change the arithmetic and that no published weights use."""
     for key, value in only.items():
-        if key in config and config[key] is not None and config[key] != value:
+        if config.get(key) is not None and config.get(key) != value:
             raise UserError(f"{key}={config[key]!r} of config.json is not supported: only {value!r} is")
 
 
@@ -65,7 +79,11 @@ def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def padding_idx(config: Mapping[str, Any]) -> int | None:
     """The pad token's row, which the lookup gives no gradient; LLaMA 1's -1 means that there is none."""
-    pad = config.get("pad_token_id")
+    pad, vocab = config.get("pad_token_id"), config["vocab_size"]
+    if pad is not None and pad >= vocab:
+        raise UserError(
+            f"pad_token_id={pad} of config.json is beyond vocab_size={vocab}: name a token that the table has, or null"
+        )
     return pad if pad is not None and pad >= 0 else None
 
 
@@ -76,19 +94,51 @@ def spell_token_ids(config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def rope(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
-    """`rope_theta` and `rope_scaling`, or `rope_parameters` that holds both since transformers 5."""
-    scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = config.get("rope_theta") or scaling.get("rope_theta") or 10000.0
+def rope(config: Mapping[str, Any], head_dim: int, theta: float = 10000.0) -> RopeConfig:
+    """`rope_theta` and `rope_scaling`, or `rope_parameters` that holds both since transformers 5. theta: the family's
+    where config.json has none."""
+    scaling = _rope_keys(config)
+    theta = config.get("rope_theta") or scaling.get("rope_theta") or theta
     part = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     return RopeConfig(int(head_dim * part), float(theta), scaling=_scaling(scaling, config))
 
 
+def _rope_keys(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of rotary scaling; refused where it says two things, of which a reader sees one."""
+    old, new = (dict(config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
+    for key in old.keys() & new.keys():
+        if old[key] != new[key]:
+            raise UserError(f"rope_scaling and rope_parameters of config.json differ in {key}: keep one of the two")
+    found = Keys(new | old)
+    theta = config.get("rope_theta")
+    if theta and found.get("rope_theta", theta) != theta:
+        raise UserError(
+            f"rope_theta={theta} of config.json is not the {found['rope_theta']} of its rope_parameters: "
+            "change both, or keep one"
+        )
+    return found
+
+
+_ROPE_KEYS: dict[str, str] = {
+    "default": "",
+    "linear": "factor",
+    "dynamic": "factor",
+    "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
+    "yarn": "factor original_max_position_embeddings attention_factor mscale mscale_all_dim beta_fast beta_slow "
+    "truncate finetuned",
+}
+"""rope_type -> its keys. `finetuned` tells training code where weights came from, nothing else."""
+
+
 def _scaling(given: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
     kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in _ROPE_KEYS:
+        raise UserError(f"rope_scaling type {kind!r} of config.json is not one of {', '.join(list(_ROPE_KEYS)[1:])}")
+    known = ["type", "rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind].split()]
+    odd = sorted(key for key, value in given.items() if key not in known and value is not None)
+    if odd:
+        raise UserError(f"{odd[0]}={given[odd[0]]!r} in rope_scaling of config.json means nothing to type {kind!r}")
     match kind:
-        case "default":
-            return None
         case "linear":
             return LinearScaling(float(given["factor"]))
         case "dynamic":
@@ -107,7 +157,7 @@ def _scaling(given: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling
                 float(given.get("beta_slow") or 1),
                 bool(given.get("truncate", True)),
             )
-    raise UserError(f"rope_scaling type {kind!r} of config.json is not one of linear, dynamic, llama3, yarn")
+    return None
 
 
 def _yarn_attention(factor: float, given: Mapping[str, Any]) -> float:
