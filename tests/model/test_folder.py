@@ -67,6 +67,66 @@ def only_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"PK")
 
 
+def index(folder: Path, **changes: Any) -> None:
+    change(folder / "model.safetensors.index.json", **changes)
+
+
+def outside(folder: Path) -> None:
+    """A shard of somebody else's folder, named by this one's index."""
+    second_shard(folder).rename(folder.parent / "secret.safetensors")
+    told = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    index(folder, weight_map={name: shard.replace("model-00002-of", "../secret-of") for name, shard in told.items()})
+
+
+def twice(folder: Path) -> None:
+    """One tensor in two shards, and no index that says which counts."""
+    (folder / "model.safetensors.index.json").unlink()
+    shards = sorted(folder.glob("*.safetensors"))
+    save_file(load_file(shards[0]) | load_file(shards[1]), shards[1])
+
+
+def retype(dtype: torch.dtype, name: str = "model.norm.weight") -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        shard = next(file for file in folder.glob("*.safetensors") if name in load_file(file))
+        tensors = load_file(shard)
+        save_file(tensors | {name: tensors[name].to(dtype)}, shard)
+
+    return spoil
+
+
+def header(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        shard = second_shard(folder)
+        data = shard.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        text = json.dumps(edit(json.loads(data[8 : 8 + length]))).encode()
+        shard.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+    return spoil
+
+
+def with_entry(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The header with one tensor's entry changed."""
+    return lambda entries: {
+        name: entry | changes if n == 1 else entry for n, (name, entry) in enumerate(sorted(entries.items()))
+    }
+
+
+def damage(value: float) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        shard = second_shard(folder)
+        tensors = load_file(shard)
+        next(tensor for name, tensor in sorted(tensors.items()) if "proj" in name)[3, 5] = value
+        save_file(tensors, shard)
+
+    return spoil
+
+
+def untie(folder: Path) -> None:
+    """config.json ties a head that the files hold, and that is another one."""
+    change(folder / "config.json", tie_word_embeddings=True)
+
+
 WRONG: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing shard": (lambda f: second_shard(f).unlink(), ["model-00002-of", "index.json", "download or copy"]),
     "truncated": (cut, ["model-00002-of", "cut off", "bytes of"]),
@@ -90,6 +150,23 @@ WRONG: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing key": (lambda f: change(f / "config.json", hidden_size=None), ["hidden_size", "llama"]),
     "wrong type": (lambda f: change(f / "config.json", hidden_size="64"), ["cannot be read", "llama"]),
     "activation": (lambda f: change(f / "config.json", hidden_act="mish"), ["'mish'", "silu"]),
+    "index reaches outside": (outside, ["index.json", "../secret-of", "no file of its own folder"]),
+    "index with an absolute path": (
+        lambda f: index(f, weight_map={"lm_head.weight": "/etc/hosts"}),
+        ["'/etc/hosts'", "no file of its own folder"],
+    ),
+    "index of a list": (lambda f: index(f, weight_map=["model-00001.safetensors"]), ["index.json", "no weight_map"]),
+    "index of numbers": (lambda f: index(f, weight_map={"lm_head.weight": 3}), ["index.json", "3, which is no file"]),
+    "the same tensor twice": (twice, ["is in", "model-00001-of", "model-00002-of", "remove the file"]),
+    "8-bit floats": (retype(torch.float8_e4m3fn), ["model.norm.weight", "type F8_E4M3", "F32", "unquantized"]),
+    "whole numbers": (retype(torch.int8), ["model.norm.weight", "type I8", "unquantized"]),
+    "unknown dtype": (header(with_entry(dtype="F99")), ["model-0000", "type F99"]),
+    "dtype of another width": (header(with_entry(dtype="F16")), ["model-00002", "not a whole safetensors file"]),
+    "header of a list": (header(lambda entries: list(entries)), ["model-00002", "not safetensors'"]),
+    "header without offsets": (header(with_entry(data_offsets=None)), ["model-00002", "not safetensors'"]),
+    "NaN": (damage(float("nan")), ["proj.weight", "model-00002", "1 of", "NaN or infinite"]),
+    "infinity": (damage(float("-inf")), ["proj.weight", "model-00002", "1 of", "NaN or infinite"]),
+    "tied and not": (untie, ["lm_head.weight", "model.embed_tokens.weight", "tie_word_embeddings to false"]),
     "scaling": (lambda f: change(f / "config.json", rope_scaling={"type": "su"}), ["'su'", "yarn"]),
 }
 
@@ -135,6 +212,45 @@ def test_a_save_in_bf16_says_so(folder: Path, tmp_path: Path) -> None:
     assert load_model(tmp_path / "half").lm_head.weight.dtype == torch.bfloat16
 
 
+def test_the_index_says_which_of_two_counts(folder: Path) -> None:
+    """A shard left over from another save holds an old copy of a tensor."""
+    right = load_model(folder).norm.weight.clone()
+    shard = next(file for file in sorted(folder.glob("*.safetensors")) if "model.norm.weight" not in load_file(file))
+    save_file(load_file(shard) | {"model.norm.weight": torch.zeros(64)}, shard)
+    assert torch.equal(load_model(folder).norm.weight, right)
+
+
+def test_the_largest_tensor_says_the_type(folder: Path) -> None:
+    """Published half-precision files begin with float32 buffers; a router or norm may be wider too."""
+    for file in folder.glob("*.safetensors"):
+        tensors = {name: tensor.half() for name, tensor in load_file(file).items()}
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+        tensors |= {f"model.layers.{file.name[10]}.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+        save_file(tensors, file)
+    assert {p.dtype for p in load_model(folder).parameters()} == {torch.float16}
+
+
+def test_finite_weights_that_add_up_to_infinity_are_no_damage(folder: Path) -> None:
+    change(folder / "config.json", tie_word_embeddings=False)
+    file = next(file for file in folder.glob("*.safetensors") if "model.norm.weight" in load_file(file))
+    save_file(load_file(file) | {"model.norm.weight": torch.full((64,), 3e38)}, file)
+    assert load_model(folder).norm.weight.max() > 1e38
+
+
+def test_a_tied_head_may_be_in_the_files_too(folder: Path) -> None:
+    shards = {file: load_file(file) for file in folder.glob("*.safetensors")}
+    table = next(
+        tensors["model.embed_tokens.weight"] for tensors in shards.values() if "model.embed_tokens.weight" in tensors
+    )
+    for file, tensors in shards.items():
+        if "lm_head.weight" in tensors:
+            save_file(tensors | {"lm_head.weight": table.clone()}, file)
+    untie(folder)
+    model = load_model(folder)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
 def test_transformers_loads_what_is_saved(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = load_model(golden_dir("qwen2"))
@@ -178,6 +294,11 @@ def test_pickles_are_converted(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(a, b), name
     with pytest.raises(UserError, match="exists"):
         import_pickles(bins, converted)
+    elsewhere = {"model.norm.weight": str(tmp_path / "other.bin")}
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": elsewhere}))
+    with pytest.raises(UserError, match="no file of its own folder"):
+        import_pickles(tmp_path / "far", tmp_path / "again")
     (bins / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(UserError, match="is missing"):
         import_pickles(bins, tmp_path / "again")

@@ -6,6 +6,7 @@ Owns the copying between published tensors and ours. Never holds a second copy o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainwright.errors import UserError
 from trainwright.model import families, folder, store
 from trainwright.model.config import ModelConfig, without_adapters
-from trainwright.model.families.family import Family
+from trainwright.model.families.family import Family, Weight
 from trainwright.model.init import copy_whole
 from trainwright.model.shapes import parameter_shapes
 from trainwright.model.source import load_config, spelled_config
@@ -51,9 +53,9 @@ def load_model(
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
-    """The type that a folder's weights are in: its first tensor's."""
+    """The type that a folder's weights are in: its largest tensor's. Small ones (buffers, norms) may be wider."""
     stored = folder.stored_tensors(folder.resolve(path))
-    return _DTYPES.get(next(iter(stored.values())).dtype, torch.float32)
+    return _DTYPES.get(max(stored.values(), key=lambda tensor: math.prod(tensor.shape)).dtype, torch.float32)
 
 
 def materialize(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> Transformer:
@@ -83,10 +85,38 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         for weight, names in pairs:
             if not any(targets.get(name) for name in weight.ours):
                 continue
-            ours = weight.to_ours([read(name) for name in names], [shapes[name] for name in weight.ours])
+            theirs = [read(name) for name in names]
+            for name, tensor in zip(names, theirs, strict=True):
+                _check_finite(tensor, name, stored[name])
+            ours = weight.to_ours(theirs, [shapes[name] for name in weight.ours])
             for name, tensor in zip(weight.ours, ours, strict=True):
                 for take in targets.get(name, ()):
                     take(tensor)
+        _check_tied(config, stored, pairs, read)
+
+
+def _check_finite(tensor: Tensor, name: str, where: folder.Stored) -> None:
+    if torch.isfinite(tensor.sum()):  # one pass without memory; finite entries may add up to infinity, so look again
+        return
+    wrong = int((~torch.isfinite(tensor)).sum())
+    if wrong:
+        raise UserError(
+            f"{name} in {where.file} has {wrong} of {tensor.numel()} entries that are NaN or infinite: "
+            "the weights are damaged, take an earlier checkpoint or download them again"
+        )
+
+
+def _check_tied(
+    config: ModelConfig, stored: Mapping[str, folder.Stored], pairs: list[tuple[Weight, list[str]]], read: _Reader
+) -> None:
+    """A head that config.json ties and the files hold all the same must be the token table."""
+    table = next(names[0] for weight, names in pairs if weight.ours == ("embed_tokens.weight",))
+    head = next((name for name in stored if name.endswith("lm_head.weight")), None) if config.lm_head.tied else None
+    if head and (stored[head].shape != stored[table].shape or not torch.equal(read(head), read(table))):
+        raise UserError(
+            f"{head} in {stored[head].file} is not {table}, to which config.json ties it: "
+            "set tie_word_embeddings to false there, or remove the tensor"
+        )
 
 
 def _targets(model: nn.Module, config: ModelConfig) -> dict[str, list[Callable[[Tensor], None]]]:
@@ -130,12 +160,17 @@ class _Reader:
             self._open.__exit__(None, None, None)
 
     def __call__(self, name: str) -> Tensor:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         file = self._stored[name].file
         if file != self._file:
             self.__exit__()
-            self._file, self._open = file, safe_open(str(file), "pt").__enter__()
+            try:
+                self._file, self._open = file, safe_open(str(file), "pt").__enter__()
+            except SafetensorError as error:
+                raise UserError(
+                    f"{file} is not a whole safetensors file: {error}: download or copy it again"
+                ) from error
         return self._open.get_tensor(name)
 
 

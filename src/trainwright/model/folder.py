@@ -21,6 +21,8 @@ from trainwright.model.shapes import Shape, parameter_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types that weights may be in, as safetensors spells them."""
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "merges.txt"]
 
 
@@ -57,18 +59,41 @@ class Stored:
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Name -> where it is, from the headers of all safetensors files; checks that they are whole."""
-    if (folder / INDEX).exists():
-        shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        for shard in shards:
-            if not (folder / shard).exists():
-                raise UserError(f"{folder / shard} is missing, {INDEX} names it: download or copy that shard again")
+    told = read_index(folder / INDEX) if (folder / INDEX).exists() else {}
+    if told:
+        shards = sorted(set(told.values()))
     elif (folder / SINGLE).exists():
         shards = [SINGLE]
     else:
         shards = sorted(file.name for file in folder.glob("*.safetensors"))
     if not shards:
         raise UserError(_no_weights(folder))
-    return {name: stored for shard in shards for name, stored in _header(folder / shard).items()}
+    found: dict[str, Stored] = {}
+    for shard in shards:
+        for name, stored in _header(folder / shard).items():
+            if name in found and name not in told:
+                raise UserError(
+                    f"{name} is in {found[name].file} and in {stored.file}: remove the file that is too much"
+                )
+            if told.get(name, shard) == shard:
+                found[name] = stored
+    return found
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Tensor -> the file beside the index that holds it. Names reach no other folder, and every file is there."""
+    told = read_json(file).get("weight_map")
+    if not isinstance(told, dict) or not told:
+        raise UserError(f"{file} has no weight_map: download or copy it again, or remove it")
+    for name, shard in told.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(f"{file} puts {name} in {shard!r}, which is no file of its own folder: do not trust it")
+    for shard in sorted(set(told.values())):
+        if not (file.parent / shard).is_file():
+            raise UserError(
+                f"{file.parent / shard} is missing, {file.name} names it: download or copy that shard again"
+            )
+    return told
 
 
 def _no_weights(folder: Path) -> str:
@@ -92,11 +117,15 @@ def _header(file: Path) -> dict[str, Stored]:
         header = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({size} bytes): download or copy it again") from error
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        found = {name: Stored(file, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{file} has a header that is not safetensors': download or copy it again") from error
     if end != size:
         raise UserError(f"{file} is cut off: {size} bytes of {end}: download or copy it again")
-    return {name: Stored(file, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+    return found
 
 
 def match(family: Family, config: ModelConfig, stored: dict[str, Stored]) -> list[tuple[Weight, list[str]]]:
@@ -113,6 +142,11 @@ def match(family: Family, config: ModelConfig, stored: dict[str, Stored]) -> lis
         for name in names:
             if name not in stored:
                 raise UserError(_missing(name, family, stored))
+            if stored[name].dtype not in FLOATS:
+                raise UserError(
+                    f"{name} in {stored[name].file} is of type {stored[name].dtype}: weights are {', '.join(FLOATS)}; "
+                    "take the unquantized ones"
+                )
             if stored[name].shape != expected:
                 raise UserError(
                     f"{name} in {stored[name].file} is {list(stored[name].shape)}, config.json asks for "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainwright.errors import UserError
-from trainwright.model.folder import INDEX, SINGLE, read_json
+from trainwright.model.folder import INDEX, SINGLE, read_index
 from trainwright.model.store import beside, finish, write_index
 
 _INDEX = "pytorch_model.bin.index.json"
@@ -51,15 +51,12 @@ def import_pickles(folder: str | Path, target: str | Path) -> Path:
 
 def _shards(folder: Path) -> list[Path]:
     if (folder / _INDEX).exists():
-        shards = [folder / name for name in sorted(set(read_json(folder / _INDEX)["weight_map"].values()))]
+        shards = [folder / name for name in sorted(set(read_index(folder / _INDEX).values()))]
     else:
         shards = sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         shards = [file for file in shards if not file.name.startswith(("training_args", "optimizer", "scheduler"))]
     if not shards:
         raise UserError(f"{folder} holds no .bin, .pt or .pth file: there is nothing to convert")
-    for shard in shards:
-        if not shard.exists():
-            raise UserError(f"{shard} is missing, {_INDEX} names it: download or copy that shard again")
     return shards
 
 
