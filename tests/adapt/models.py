@@ -17,13 +17,17 @@ def adapter(**settings) -> AdapterRecipe:
     return AdapterRecipe(**({"rank": 4, "alpha": 8.0} | settings))
 
 
-def adapted_model(folder: Path | str, recipe: AdapterRecipe, quantize=None, tables=None, family=None) -> Transformer:
-    """The model of a folder with adapters that are not zero, in evaluation mode."""
+def adapted_model(
+    folder: Path | str, recipe: AdapterRecipe, quantize=None, tables=None, family=None, trained=True
+) -> Transformer:
+    """The model of a folder with adapters that are not zero, in evaluation mode; `trained=False`: as they begin."""
     config = adapted_config(load_config(folder, family), recipe, quantize, tables)
     model = Transformer(config)
     load_weights(model, folder)
     start_adapters(model, seed=0)
     freeze_base(model)
+    if not trained:
+        return model.eval()
     generator = torch.Generator().manual_seed(1)
     for module in adapters_of(model).values():
         with torch.no_grad():

@@ -49,17 +49,20 @@ class Case:
     shape: str = "llama"
     dora: bool = False
     tables: Any = None
+    init: str = "kaiming"
     precision: Any = "fp32"
     parallel: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         words = [self.shape, self.layout, self.quantize, self.precision, "dora" if self.dora else "", self.tables or ""]
+        words += [self.init] if self.init != "kaiming" else []
         return " ".join(str(word) for word in (*words, *self.parallel) if word)
 
 
 def build(case: Case, world: Any) -> tuple[Any, Any]:
     """The model in its layout with random base and adapters that are not zero, as `train/build.py` makes it."""
-    config = adapted_config(load_config(SHAPES[case.shape]), adapter(dora=case.dora), case.quantize, case.tables)
+    recipe = adapter(dora=case.dora, init=case.init)
+    config = adapted_config(load_config(SHAPES[case.shape]), recipe, case.quantize, case.tables)
     with torch.device("meta"):
         model = Transformer(config)
     model.compute_dtype = DTYPES[case.precision]
@@ -74,7 +77,8 @@ def build(case: Case, world: Any) -> tuple[Any, Any]:
     model.init_weights(3).train()
     start_adapters(model, 3)
     for path, module in adapters_of(model).items():
-        copy_whole(module.lora_b.data, normal(module.lora_b.shape, 0.05, path, torch.device("cpu")))
+        if case.init == "kaiming":
+            copy_whole(module.lora_b.data, normal(module.lora_b.shape, 0.05, path, torch.device("cpu")))
     return model, spread.pipeline
 
 
@@ -107,8 +111,8 @@ def steps(case: Case, folder: str | None = None) -> tuple[list[float], dict[str,
 
 
 @cache
-def alone(shape: str, quantize: Any, dora: bool, tables: Any, precision: Any) -> Any:
-    return steps(Case(Layout(), quantize, shape, dora, tables, precision))
+def alone(shape: str, quantize: Any, dora: bool, tables: Any, init: str, precision: Any) -> Any:
+    return steps(Case(Layout(), quantize, shape, dora, tables, init, precision))
 
 
 SHARDS, TENSOR, CONTEXT, STAGES = (Layout(world_size=2, **part) for part in ({}, {"tp": 2}, {"cp": 2}, {"pp": 2}))
@@ -131,12 +135,16 @@ CASES = [
     Case(STAGES, "nf4"),
     Case(Layout(world_size=2, ep=2), "nf4", shape="experts"),
     Case(Layout(world_size=4, ep=2, tp=2), "int8", shape="experts"),
+    Case(SHARDS, "nf4", parallel=(("offload", "optimizer"),)),
+    Case(SHARDS, "nf4", init="pissa_niter_4"),
+    Case(TENSOR, "nf4", dora=True, init="pissa"),
+    Case(Layout(world_size=2, ep=2), shape="experts", init="olora"),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layouts(case, tmp_path):
-    losses, gradients = alone(case.shape, case.quantize, case.dora, case.tables, case.precision)
+    losses, gradients = alone(case.shape, case.quantize, case.dora, case.tables, case.init, case.precision)
     results = run(case.layout.world_size, steps, case, str(tmp_path / "adapter"))
     rough = case.precision == "bf16" or case.quantize == "fp8"  # fp8 rounds a part of a row on its own
     loss, grad = (2e-3, 0.1) if rough else (1e-5, 1e-4)

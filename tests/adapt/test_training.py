@@ -22,14 +22,6 @@ from trainwright.train.trainer import Trainer, train
 LORA = {"rank": 8, "alpha": 16.0}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with the small model's weights and tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    result = train(small_recipe(folder, "train.steps=60"))
-    return result.model
-
-
 def recipe(folder, base, *overrides, **sections):
     sections.setdefault("adapter", LORA)
     model = {"path": str(base), "config": None, "tokenizer": None}

@@ -296,6 +296,45 @@ def test_llamafactory(files, tmp_path):
     assert set(lost) == {"loraplus_lr_ratio"}
 
 
+AXOLOTL_LORA = {
+    "base_model": "a/b",
+    "adapter": "lora",
+    "learning_rate": 1e-4,
+    "datasets": [{"path": "x", "type": "alpaca"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "init"),
+    [
+        (
+            "f.yaml",
+            {"model_name_or_path": "a/b", "dataset": "x", "finetuning_type": "lora", "pissa_init": True},
+            "pissa_niter_16",
+        ),
+        (
+            "f.yaml",
+            {
+                "model_name_or_path": "a/b",
+                "dataset": "x",
+                "finetuning_type": "lora",
+                "pissa_init": True,
+                "pissa_iter": -1,
+            },
+            "pissa",
+        ),
+        ("a.yml", AXOLOTL_LORA | {"peft_init_lora_weights": "olora"}, "olora"),
+        ("a.yml", AXOLOTL_LORA | {"peft_init_lora_weights": "eva"}, "kaiming"),
+        ("p.json", PADDLE_QLORA | {"pissa": True}, "pissa"),
+    ],
+)
+def test_how_an_adapter_starts(files, name, content, init):
+    recipe, lost = files(name, content)
+    assert recipe.adapter.init == init
+    assert ("peft_init_lora_weights" in lost) == (init == "kaiming")
+    assert not any("pissa" in key for key in lost)
+
+
 def test_llamafactory_defaults_are_its_own(files):
     """What the file leaves out is what the tool does, not what we do."""
     recipe, lost = files("run.yaml", "model_name_or_path: a/b\ndataset: x\nfinetuning_type: full\ndeepspeed: z3.json\n")

@@ -91,6 +91,12 @@ class FrozenWeight(nn.Module):
         for place, piece in zip(places, pieces, strict=True):
             copy_whole(place, quantized.stored(piece))
 
+    @torch.no_grad()
+    def rounded(self, whole: Tensor) -> Tensor:
+        """The whole weight as this module's format keeps it, float32; nothing is stored."""
+        assert self.kind is not None
+        return quantized.dequantize(self.kind, quantized.quantize(self.kind, whole), whole.shape[-1], torch.float32)
+
     def give_weight(self) -> Tensor:
         """The whole weight in full precision, for a save. Every rank of a sharded model calls it."""
         if self.kind is not None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainwright.adapt import ops
-from trainwright.adapt.frozen import FrozenExperts, FrozenLinear, gathered
+from trainwright.adapt.frozen import FrozenExperts, FrozenLinear, FrozenWeight, gathered
+from trainwright.adapt.starts import first_factors
 from trainwright.model.config import LinearConfig
 from trainwright.model.init import copy_whole
 from trainwright.model.kernels.grouped import grouped_linear
@@ -25,7 +26,31 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, lengths: Tensor | 
     return merged if lengths is None else merged * (lengths / torch.linalg.vector_norm(merged, dim=-1))[:, None]
 
 
-class LoraLinear(FrozenLinear):
+class Adapted(FrozenWeight):
+    """A fixed weight whose adapter may begin as a part of it (`starts.py`)."""
+
+    lora: Lora
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    began: tuple[Tensor, Tensor] | None = None
+    """A and B as they were when the run began, whole: set before the weight of a resumed run arrives."""
+
+    @torch.no_grad()
+    def take_weight(self, whole: Tensor) -> None:
+        """Fills A, B and what they leave of the weight. Each rank decomposes the whole weight and keeps its part."""
+        if self.lora.from_base:
+            whole = whole.to(self.weight.device).float()
+            theirs = whole - self.rounded(whole) if self.lora.init == "loftq" else whole
+            a, b = self.began or first_factors(self.lora.init, theirs, self.lora.rank, self.lora.scale)
+            self.began = None
+            copy_whole(self.lora_a, a)
+            copy_whole(self.lora_b, b)
+            if self.lora.init != "loftq":
+                whole = whole - self.lora.scale * (b.to(whole.device) @ a.to(whole.device))
+        super().take_weight(whole)
+
+
+class LoraLinear(Adapted, FrozenLinear):
     """W x + b + scale B A x. A [rank, in] is `lora_a`, B [out, rank] is `lora_b`; W and b are frozen.
 
     With dropout, A and B see their own input; with DoRA each output row is rescaled to a trained length.
@@ -91,12 +116,14 @@ class LoraLinear(FrozenLinear):
 
     @torch.no_grad()
     def start_magnitude(self) -> None:
-        """DoRA begins at the lengths of the base's rows. Call when the weights are there, on every rank."""
+        """DoRA begins at the lengths of the rows of base and adapter. Call when both are there, on every rank."""
         if self.magnitude is not None:
-            copy_whole(self.magnitude, torch.linalg.vector_norm(self.whole_weight(torch.float32), dim=1))
+            a, b = gathered(self.lora_a), gathered(self.lora_b)
+            start = merge(self.whole_weight(torch.float32), a, b, self.lora.scale)
+            copy_whole(self.magnitude, torch.linalg.vector_norm(start, dim=1))
 
 
-class LoraExperts(FrozenExperts):
+class LoraExperts(Adapted, FrozenExperts):
     """One adapter for each expert's linear: A [E, rank, in], B [E, out, rank]."""
 
     def __init__(self, linear: LinearConfig, lora: Lora, num_experts: int) -> None:

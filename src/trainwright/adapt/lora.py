@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from trainwright.adapt.quantize import is_router
 from trainwright.errors import UserError
 from trainwright.model.config import LinearConfig, ModelConfig, linears, map_linears
+from trainwright.recipe.model import PLAIN_STARTS
 
 ALL_LINEAR = "all-linear"
 
@@ -31,11 +32,17 @@ class Lora:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: str = "kaiming"
+    """How A and B begin: `setup.start_adapters` and `starts.py`."""
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def from_base(self) -> bool:
+        """Whether A and B begin as a part of the base (`starts.py`), not with B at zero."""
+        return self.init not in PLAIN_STARTS
 
     def num_parameters(self, linear: LinearConfig) -> int:
         return self.rank * (linear.in_features + linear.out_features) + (linear.out_features if self.dora else 0)

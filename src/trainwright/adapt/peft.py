@@ -29,7 +29,7 @@ from trainwright.adapt.lora import Lora
 from trainwright.adapt.published import Group, linear_groups, shortest_targets
 from trainwright.errors import UserError
 from trainwright.model.checkpoint import clean_name
-from trainwright.model.config import LinearConfig, ModelConfig, linears
+from trainwright.model.config import LinearConfig, ModelConfig, linears, map_linears
 from trainwright.model.families.family import Weight
 from trainwright.model.init import copy_whole
 
@@ -85,6 +85,30 @@ def write_adapter(
         every = {theirs for group in groups for theirs in group.theirs}
         transposed = any(group.weight.transposed for group in groups)
         _write(Path(folder), tensors, _settings(written, every, base, transposed), parts)
+
+
+def beside_original(config: ModelConfig, whole: Whole, began: Path) -> tuple[ModelConfig, Whole]:
+    """(config, tensors) of the adapter that does beside the original base what this one does beside what it left of it.
+
+    s (B A - B0 A0) = s [B, -B0] [A; A0]: twice the rank, the same scale s. `began`: the folder with A0 and B0.
+    """
+
+    def twice(_: str, linear: LinearConfig) -> LinearConfig:
+        if not isinstance(lora := linear.adapter, Lora):
+            return linear
+        rank = 2 * lora.rank
+        return replace(linear, adapter=replace(lora, rank=rank, alpha=lora.scale * rank, rslora=False, init="kaiming"))
+
+    first = {f"{path}.{name}": t for path, found in read_adapter(began, config) for name, t in found.items()}
+
+    def both(name: str) -> Tensor:
+        now = whole(name)
+        if name.endswith(".magnitude"):
+            return now
+        start = first[name].to(now)
+        return torch.cat([now, -start], -1) if name.endswith(".lora_b") else torch.cat([now, start], -2)
+
+    return map_linears(config, twice), both
 
 
 def _lora(linear: LinearConfig) -> Lora:

@@ -31,18 +31,18 @@ def adapted_config(
     if adapter.path is not None:
         stored = stored_adapters(Path(adapter.path), config)
         found = {path: replace(item, dropout=adapter.dropout) for path, item in stored.items()}
-        return check(add_adapters(config, lora, [], overrides=found))
+        return check(add_adapters(config, lora, [], overrides=found), stored=True)
     return check(add_adapters(config, lora, adapter.targets, aliases=published_names(config)))
 
 
-def check(config: ModelConfig) -> ModelConfig:
-    """Raises UserError for adapters that cannot be."""
+def check(config: ModelConfig, *, stored: bool = False) -> ModelConfig:
+    """Raises UserError for adapters that cannot be. One that is `stored` has the rank that it has."""
     for path, linear in linears(config):
         lora = linear.adapter
         if isinstance(lora, Lora) and lora.dora and ".experts." in path:
             raise UserError(f"adapter.dora: {path} is a stack of experts, which DoRA does not adapt: set dora=false")
         widest = min(linear.in_features, linear.out_features)
-        if isinstance(lora, Lora) and lora.rank > widest:
+        if isinstance(lora, Lora) and lora.rank > widest and not stored:
             raise UserError(
                 f"adapter.rank={lora.rank} is more than {path} is wide ({linear.in_features} x {linear.out_features}): "
                 f"use at most {widest}, or leave it out of adapter.targets"

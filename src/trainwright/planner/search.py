@@ -108,7 +108,8 @@ class _Search:
         degrees = [n for n in range(1, world + 1) if world % n == 0 and (n & (n - 1) == 0 or world <= 64)]
         bits: list[Words] = [{}]
         if self.recipe.adapter is not None:
-            bits = [{"quantize": kind} for kind in (None, "nf4", "int8", "fp8")]
+            kinds = ("nf4", "int8", "fp8") if self.recipe.adapter.init == "loftq" else (None, "nf4", "int8", "fp8")
+            bits = [{"quantize": kind} for kind in kinds]
         wide = [n for n in degrees if n <= cluster.gpus_per_node and heads % n == 0]
         long = [n for n in degrees if n == 1 or (n <= 64 and self.recipe.data.seq_len // n >= 4096)]
         deep = [n for n in degrees if n <= min(64, config.num_layers)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -37,6 +38,11 @@ class ModelRecipe(Section):
         return self
 
 
+PLAIN_STARTS = ("kaiming", "gaussian")
+"""Starts of an adapter that leave the base alone: A random, B zero."""
+STARTS = r"kaiming|gaussian|pissa(_niter_[0-9]+)?|olora|loftq"
+
+
 class AdapterRecipe(Section):
     """A small trained part beside frozen weights."""
 
@@ -49,8 +55,28 @@ class AdapterRecipe(Section):
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
     dora: bool = Field(False, description="train magnitude and direction apart (Liu et al. 2024)")
-    init: Literal["kaiming", "gaussian"] = Field("kaiming", description="how A starts; B starts at zero")
+    init: str = Field(
+        "kaiming",
+        description="how A and B start: kaiming or gaussian, with B at zero; pissa, pissa_niter_N or olora, as a part "
+        "that leaves the base; loftq, as what rounding the base lost",
+    )
     path: str | None = Field(None, description="go on from an adapter folder in PEFT's format")
+
+    @model_validator(mode="after")
+    def _known_start(self) -> AdapterRecipe:
+        if not re.fullmatch(STARTS, self.init):
+            raise ValueError(
+                f"adapter.init={self.init} is no start: use kaiming, gaussian, pissa, pissa_niter_N with a number of "
+                "iterations (4 to 16), olora, or loftq"
+            )
+        if self.path is not None and self.from_base:
+            raise ValueError(f"adapter.init={self.init} makes a new start, adapter.path goes on: leave one out")
+        return self
+
+    @property
+    def from_base(self) -> bool:
+        """Whether A and B begin as a part of the base."""
+        return self.init not in PLAIN_STARTS
 
 
 Quantization = Literal["nf4", "int8", "fp8"]

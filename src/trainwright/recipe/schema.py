@@ -42,6 +42,8 @@ class Recipe(Section):
         for key in ("quantize", "quantize_tables"):
             if getattr(self, key) is not None and self.adapter is None:
                 raise ValueError(f"{key}={getattr(self, key)} freezes the weights: add an adapter, or drop {key}")
+        if self.adapter is not None and self.adapter.init == "loftq" and self.quantize is None:
+            raise ValueError("adapter.init=loftq makes up for what rounding the base lost: set quantize, or use pissa")
         if self.task == "pretrain" and self.evaluation.generate:
             raise ValueError("evaluation.generate asks questions, which pretrain data has not: set it to 0")
         parallel = self.parallel

@@ -17,7 +17,7 @@ from torch import nn
 
 from trainwright.adapt.peft import load_adapter
 from trainwright.adapt.rewrite import adapted_config
-from trainwright.adapt.setup import freeze_base, start_adapters
+from trainwright.adapt.setup import begin_again, freeze_base, start_adapters
 from trainwright.data.template import Template, load_template
 from trainwright.data.tokenizer import Tokenizer, load_tokenizer
 from trainwright.device import device_name
@@ -102,9 +102,15 @@ def _padded(vocab_size: int) -> int:
 
 
 def build_model(
-    recipe: Recipe, sources: Sources, world: World, done: Callable[[str], None] = lambda _: None
+    recipe: Recipe,
+    sources: Sources,
+    world: World,
+    done: Callable[[str], None] = lambda _: None,
+    *,
+    began: Path | None = None,
 ) -> tuple[Transformer, Spread]:
     """The model on its device, in its layout, with its weights; and how it is spread. `done` hears of each phase.
+    `began`: the folder of a resumed run's adapters as they began, where they began as a part of the base.
 
     Built on the meta device, so that no rank ever holds more than its share; weights come last.
     """
@@ -132,9 +138,12 @@ def build_model(
         seq_len=recipe.data.seq_len,
     )
     model.to_empty(device="cpu" if in_host_memory(recipe.parallel) else world.device)
+    move_buffers(model, world.device)
     model.tie_weights()
     model.reset_buffers(world.device)
     done("model")
+    if began is not None:
+        begin_again(model, began)
     if sources.folder is not None:
         load_weights(model, sources.folder)
     else:
@@ -145,6 +154,13 @@ def build_model(
             load_adapter(model, recipe.adapter.path)
     done("weights")
     return model.train(), spread
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers to where they are used: FSDP brings weights from host memory, but not buffers (nf4's second level)."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 def set_float8(model: Transformer, scaling: Scaling, recipe: Recipe, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from trainwright.adapt.peft import write_adapter
+from trainwright.adapt.peft import beside_original, write_adapter
 from trainwright.data.template import Template
 from trainwright.data.tokenizer import Tokenizer
 from trainwright.model.checkpoint import write_weights
@@ -28,16 +28,19 @@ def export_model(
     base: str | None,
     precision: Precision,
     world: World,
+    began: Path | None = None,
 ) -> Path:
     """Writes the model in the type that it was computed in; every rank calls it. The trained template goes with it.
 
-    Of a model with adapters only these are written, in PEFT's format; `base` is what they belong to.
+    Of a model with adapters only these are written, in PEFT's format; `base` is what they belong to, as it was before
+    they took a part of it: the folder `began` says which.
     """
+    whole = WholeWeights(model, world)
     if model.config != without_adapters(model.config):
         name = None if base is None else base.removeprefix("hf:")
-        write_adapter(model.config, WholeWeights(model, world), folder, base=name, write=world.is_main)
+        config, tensors = (model.config, whole) if began is None else beside_original(model.config, whole, began)
+        write_adapter(config, tensors, folder, base=name, write=world.is_main)
     else:
-        whole = WholeWeights(model, world)
         write_weights(model.config, whole, folder, dtype=DTYPES[precision], write=world.is_main)
     if world.is_main:
         tokenizer.save(folder, template.jinja if template else None)

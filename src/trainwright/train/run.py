@@ -66,6 +66,11 @@ class RunFolder:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    @property
+    def adapter_began(self) -> Path:
+        """Adapters that began as a part of the base, as they began."""
+        return self.path / "adapter_began"
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -113,7 +118,7 @@ def check_folder(recipe: Recipe, resume: bool) -> RunFolder:
 
 OURS = {
     "ranks", "recipe.yaml", "environment.json", "metrics.jsonl", "evaluation.jsonl", "answers.json", "checkpoints",
-    "tensorboard", "swanlab", "wandb", "log.txt",
+    "tensorboard", "swanlab", "wandb", "log.txt", "adapter_began", ".adapter_began.partial",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainwright.adapt.peft import write_adapter
 from trainwright.data.loader import Batch, Loader
 from trainwright.data.prepare import prepare
 from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
@@ -25,6 +26,7 @@ from trainwright.parallel.mesh import join_world
 from trainwright.parallel.pipeline import without_twins
 from trainwright.parallel.split import check_micro_batches
 from trainwright.parallel.watch import begin_watch
+from trainwright.parallel.whole import WholeWeights
 from trainwright.recipe.schema import Recipe
 from trainwright.train.build import (
     adapt,
@@ -36,7 +38,7 @@ from trainwright.train.build import (
     micro_batches,
     total_steps,
 )
-from trainwright.train.checkpoint import Checkpoint, Checkpoints, SaveError
+from trainwright.train.checkpoint import Checkpoint, Checkpoints, SaveError, list_checkpoints
 from trainwright.train.evaluate import HeldOut, Interrupted
 from trainwright.train.export import export_model, stop_ids
 from trainwright.train.graph import GraphedPasses, check_graph
@@ -102,7 +104,7 @@ class Trainer:
         self._build_data()
         self.startup.done("data")
         with accounted(self.plan, lambda: "before the first step"):
-            self._build_model()
+            self._build_model(going_on=resume is not False and bool(list_checkpoints(self.folder.checkpoints)))
         self.nonfinite = NonFinite(settings.on_nonfinite)
         self.step = self.tokens = self.supervised_tokens = 0
         self.loss: float | None = None
@@ -141,10 +143,15 @@ class Trainer:
         self.total_steps = total_steps(recipe.train, self.rows, self.loader.rows_per_step, recipe.data.seq_len)
         self.schedule = build_schedule(recipe.train, self.total_steps)
 
-    def _build_model(self) -> None:
+    def _build_model(self, going_on: bool) -> None:
         """The model in its layout, its optimizer, and the step that joins them."""
-        settings = self.recipe.train
-        self.model, spread = build_model(self.recipe, self.sources, self.world, self.startup.done)
+        settings, adapter = self.recipe.train, self.recipe.adapter
+        self.adapter_began = self.folder.adapter_began if adapter is not None and adapter.from_base else None
+        began = self.adapter_began if going_on else None
+        self.model, spread = build_model(self.recipe, self.sources, self.world, self.startup.done, began=began)
+        if self.adapter_began is not None and not going_on:  # before any step: a checkpoint is nothing without it
+            whole = WholeWeights(self.model, self.world)
+            write_adapter(self.model.config, whole, self.adapter_began, write=self.world.is_main)
         self.spread_notes = spread.notes
         self.passes: Any = spread.pipeline or self.model  # what runs forward and backward; weights are the model's
         self.optimizers = build_optimizer(
@@ -192,6 +199,7 @@ class Trainer:
             base=self.recipe.model.path,
             precision=self.recipe.train.precision,
             world=self.world,
+            began=self.adapter_began,
         )
         compared = predicted_beside_measured(self.plan, self.folder.metrics, self.world)
         if compared is not None:

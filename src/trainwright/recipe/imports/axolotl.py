@@ -6,12 +6,14 @@ at most 100 steps. Global batch = micro batch x accumulation x data ranks; `batc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from trainwright.recipe.imports import hf_trainer
 from trainwright.recipe.imports.axolotl_data import read_source, read_template
 from trainwright.recipe.imports.reading import Ignored, Reading, hub_or_folder, put_output, put_sources, quiet, unless
+from trainwright.recipe.model import STARTS
 
 NAME = "axolotl"
 IGNORED: dict[str, Ignored] = {
@@ -47,8 +49,7 @@ IGNORED: dict[str, Ignored] = {
         [],
         keys="lora_modules_to_save lora_target_parameters peft_layers_to_transform unfrozen_parameters",
     ),
-    **unless("an adapter starts as kaiming or gaussian", True, keys="peft_init_lora_weights"),
-    **unless("frozen weights in fewer bits are quantize: nf4, int8 or fp8", keys="peft loftq_config"),
+    **unless("with quantize, adapter.init=loftq begins an adapter so", keys="peft loftq_config"),
     **unless("adapters are not merged and begun again", False, keys="relora relora_steps relora_prune_ratio"),
     **unless(
         "the tokenizer and its special tokens stay as they were published",
@@ -137,7 +138,7 @@ def _read_adapter(reading: Reading) -> None:
     eight, four = reading.flag("load_in_8bit"), reading.flag("load_in_4bit")
     rank, alpha, dropout = reading.whole("lora_r"), reading.number("lora_alpha"), reading.number("lora_dropout", 0.0)
     linear, targets = reading.flag("lora_target_linear"), reading.take("lora_target_modules")
-    earlier = reading.take("lora_model_dir")
+    earlier, start = reading.take("lora_model_dir"), reading.take("peft_init_lora_weights")
     if kind is None:
         return
     if kind not in ("lora", "qlora"):
@@ -154,6 +155,10 @@ def _read_adapter(reading: Reading) -> None:
         reading.put("adapter.targets", listed)
     hf_trainer.read_adapter_flags(reading, {"peft_use_dora": "dora", "peft_use_rslora": "rslora"})
     reading.put("adapter.path", earlier)
+    if isinstance(start, str) and re.fullmatch(STARTS, start):
+        reading.put("adapter.init", None if earlier else start)
+    elif start not in (None, True):
+        reading.drop("peft_init_lora_weights", start, "adapter.init has other starts")
     if four or kind == "qlora":
         reading.put("quantize", "nf4")
     elif eight:

@@ -34,11 +34,10 @@ IGNORED: dict[str, Ignored] = {
         infer_dtype offload_folder use_kv_cache include_effective_tokens_per_second compute_accuracy ray_run_name
         ray_num_workers resources_per_worker placement_strategy swanlab_mode swanlab_workspace swanlab_run_name
         freeze_vision_tower freeze_multi_modal_projector freeze_language_model max_new_tokens top_p temperature
-        do_sample disable_shuffling create_new_adapter upcast_layernorm
+        do_sample disable_shuffling create_new_adapter upcast_layernorm pissa_convert
     """),
     **unless("set model.overrides.rope_scaling to what the model's config.json should say", keys="rope_scaling"),
     **unless("whole modules beside an adapter are not trained", keys="additional_target"),
-    **unless("an adapter starts as kaiming or gaussian", False, keys="pissa_init pissa_convert"),
     **unless("all of an adapter has one learning rate", keys="loraplus_lr_ratio loraplus_lr_embedding"),
     **unless("a run trains all samples: give it a file with as many", keys="max_samples"),
     **unless("tokens are kept under data.cache", keys="tokenized_path"),
@@ -51,7 +50,7 @@ IGNORED: dict[str, Ignored] = {
     **unless("layers attend to all they may see", False, keys="shift_attn mixture_of_depths"),
     **quiet("""
         image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps video_maxlen crop_to_patches
-        pissa_iter fp8_backend fp8_enable_fsdp_float8_all_gather asft_alpha eaft_alpha apollo_layerwise apollo_target
+        fp8_backend fp8_enable_fsdp_float8_all_gather asft_alpha eaft_alpha apollo_layerwise apollo_target
         apollo_rank apollo_scale apollo_scale_type apollo_proj apollo_update_interval badam_mode badam_switch_mode
         badam_switch_interval badam_update_ratio badam_verbose galore_layerwise galore_target galore_rank galore_scale
         galore_update_interval use_distributed_optimizer sequence_parallel overlap_param_gather overlap_grad_reduce
@@ -125,6 +124,7 @@ def _read_adapter(reading: Reading) -> None:
     rank, alpha = reading.whole("lora_rank", 8), reading.number("lora_alpha")
     dropout, targets = reading.number("lora_dropout", 0.0), reading.take("lora_target", "all")
     earlier = reading.take("adapter_name_or_path")
+    pissa, iterations = reading.flag("pissa_init"), reading.whole("pissa_iter", 16)
     if kind == "full":
         return
     reading.put("adapter.rank", rank)
@@ -133,6 +133,8 @@ def _read_adapter(reading: Reading) -> None:
     names = targets if isinstance(targets, list) else [part.strip() for part in str(targets).split(",")]
     reading.put("adapter.targets", "all-linear" if names == ["all"] else names)
     hf_trainer.read_adapter_flags(reading, {"use_rslora": "rslora", "use_dora": "dora"})
+    if pissa and earlier is None:
+        reading.put("adapter.init", "pissa" if iterations == -1 else f"pissa_niter_{iterations}")
     if earlier is not None:
         folders = [part.strip() for part in str(earlier).split(",")]
         reading.put("adapter.path", folders[-1])

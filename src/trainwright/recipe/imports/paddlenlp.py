@@ -41,7 +41,7 @@ IGNORED: dict[str, Ignored] = {
     **unless(
         "other adapters than low-rank ones are not trained",
         False,
-        keys="prefix_tuning vera pissa lokr use_mora lora_use_mixer reft nola",
+        keys="prefix_tuning vera lokr use_mora lora_use_mixer reft nola",
     ),
     **unless("all of an adapter has one learning rate", 1, 1.0, keys="lora_plus_scale"),
     **unless(
@@ -116,7 +116,9 @@ def _read_adapter(reading: Reading) -> None:
     reading.put("adapter.dropout", reading.number("lora_dropout"))
     targets = reading.take("lora_target_modules")
     reading.put("adapter.targets", targets.split(",") if isinstance(targets, str) else targets)
-    reading.put("adapter.path", reading.take("lora_path"))
+    earlier, pissa = reading.take("lora_path"), reading.flag("pissa")
+    reading.put("adapter.path", earlier)
+    reading.put("adapter.init", "pissa" if pissa and earlier is None else None)
     bits = reading.take("weight_quantize_algo")
     if bits is not None:
         ours = {"nf4": "nf4", "weight_only_int8": "int8", "llm.int8": "int8"}.get(str(bits))
