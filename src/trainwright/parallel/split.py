@@ -115,8 +115,20 @@ def _cheapest_maximum(costs: PartCosts, num_stages: int) -> float:
     total = stages.num_layers
     best = [stages.cost(0, 0, end) for end in range(total + 1)]
     for stage in range(1, num_stages):
-        best = [min(max(best[cut], stages.cost(stage, cut, end)) for cut in range(end + 1)) for end in range(total + 1)]
+        best = [_least_maximum(stages, best, stage, end) for end in range(total + 1)]
     return best[total]
+
+
+def _least_maximum(stages: _Stages, before: list[float], stage: int, end: int) -> float:
+    """The least cost of the dearest of stages 0 to `stage` that share `end` layers. A stage only grows as its start
+    goes back, so the search ends where it alone costs more than what was found."""
+    least = float("inf")
+    for cut in range(end, -1, -1):
+        own = stages.cost(stage, cut, end)
+        if own >= least and cut < end:  # one without layers may cost more: none is allowed in the middle
+            break
+        least = min(least, max(before[cut], own))
+    return least
 
 
 def _most_even(costs: PartCosts, num_stages: int, limit: float) -> tuple[range, ...]:
@@ -124,14 +136,22 @@ def _most_even(costs: PartCosts, num_stages: int, limit: float) -> tuple[range, 
     stages = _Stages(costs, num_stages)
     total = stages.num_layers
 
-    def square(stage: int, start: int, end: int) -> float:
-        cost = stages.cost(stage, start, end)
-        return cost * cost if cost <= limit else float("inf")
+    def evenest(stage: int, before: list[float], end: int) -> tuple[float, int]:
+        """(sum of squares, start of this stage) of stages 0 to `stage` that share `end` layers."""
+        found = (float("inf"), 0)
+        for cut in range(end, -1, -1):
+            own = stages.cost(stage, cut, end)
+            if own <= limit:
+                found = min(found, (before[cut] + own * own, cut))
+            elif cut < end:  # a stage only grows as its start goes back
+                break
+        return found
 
-    best = [square(0, 0, end) for end in range(total + 1)]
+    first = [stages.cost(0, 0, end) for end in range(total + 1)]
+    best = [own * own if own <= limit else float("inf") for own in first]
     cuts: list[list[int]] = []
     for stage in range(1, num_stages):
-        found = [min((best[cut] + square(stage, cut, end), cut) for cut in range(end + 1)) for end in range(total + 1)]
+        found = [evenest(stage, best, end) for end in range(total + 1)]
         best, cut_of = [value for value, _ in found], [cut for _, cut in found]
         cuts.append(cut_of)
     ends = [total]
