@@ -92,6 +92,52 @@ def test_eight_bits_compute_faster_where_the_card_can():
     assert rate("A100", "quantize=fp8") < rate("A100")
 
 
+def test_a_card_without_the_type_computes_in_float32_and_the_plan_says_so():
+    """A V100 has no bf16 unit: its rate is that of float32, and no MFU passes 1."""
+
+    def made(gpu, precision):
+        words = [f"train.precision={precision}", "data.seq_len=4096"]
+        return plan(recipe(*words), cluster_of(gpu, 8)).speed
+
+    assert made("V100", "bf16").mfu < 1
+    assert made("V100", "fp16").tokens_per_second_per_gpu > 3 * made("V100", "bf16").tokens_per_second_per_gpu
+    assert made("V100", "fp16").notes == made("A100", "bf16").notes == []
+    assert made("V100", "bf16").notes == [
+        "V100 has no unit for bf16: products run at its float32 peak of 15.7 TFLOP/s; set train.precision=fp16 for 125"
+    ]
+
+
+def test_quantized_weights_travel_packed():
+    """A gather moves codes and scales, so nf4 takes about a quarter of what bf16 does."""
+
+    def travel(*overrides):
+        words = ["adapter.rank=16", "data.seq_len=512", "parallel.zero=3", *overrides]
+        slow = plan(recipe(*words), cluster_of("RTX 3090", 8)).speed.parts  # so slow that little hides
+        return slow["weights' travel"]
+
+    assert travel("quantize=nf4") < 0.4 * travel()
+
+
+@pytest.mark.parametrize("words", [["adapter.rank=8", "quantize=nf4"], ["adapter.rank=8"], []])
+def test_no_micro_batch_is_faster_than_a_smaller_one(words):
+    """Small ones wait for the host, large ones for the card; accumulation is the same."""
+    small = ["data.seq_len=512", "train.global_batch_size=null", "train.gradient_accumulation_steps=16", *words]
+    steps = [
+        plan(recipe(*small, f"train.micro_batch_size={rows}"), cluster_of("H200", 8)).speed.step_seconds
+        for rows in (1, 2, 4, 8)
+    ]
+    assert steps == sorted(steps)
+
+
+def test_frozen_weights_in_host_memory_travel_too():
+    def step(*overrides):
+        words = ["adapter.rank=8", "data.seq_len=512", "train.global_batch_size=1", *overrides]
+        return plan(recipe(*words), cluster_of("A100", 1)).speed.step_seconds
+
+    up_twice = 2 * 2 * 8.03e9 / 25e9  # bf16, forward and backward, 25 GB/s
+    assert step("parallel.offload=optimizer") - step() == pytest.approx(up_twice, rel=0.05)
+
+
 def test_parts_add_up_and_mfu_follows_from_the_rate():
     made = plan(recipe(), cluster_of("H100", 8))
     speed = made.speed
@@ -192,6 +238,52 @@ def test_advice_fits_and_says_its_cost():
         assert again.fits
         assert again.job.global_batch == made.job.global_batch
         assert again.memory.free / GIB == pytest.approx(change.free_gib, abs=0.01)
+
+
+def test_advice_is_what_its_words_plan():
+    """As they are typed, beside the command's own words. What keeps the result keeps the global batch."""
+    words = ["train.global_batch_size=null", "train.micro_batch_size=2", "data.seq_len=4096"]
+    made = plan(recipe(*words), cluster_of("RTX 3090", 1))
+    assert not made.fits
+    found = made.advice
+    larger = plan(recipe(*words), cluster_of("A100-40", 8)).advice
+    for change, gpu, gpus in [(change, "RTX 3090", 1) for change in found] + [
+        (change, "A100-40", 8) for change in larger
+    ]:
+        typed = [word for word in change.what.split() if "=" in word]
+        again = plan(recipe(*words, *typed), cluster_of(gpu, change.overrides.get("gpus", gpus)))
+        assert again.fits
+        assert again.memory.free / GIB == pytest.approx(change.free_gib, abs=0.01)
+        if change.same_result:
+            assert again.job.global_batch == 2 * gpus
+        now, before = again.speed, plan(recipe(*words), cluster_of(gpu, gpus)).speed
+        rates = now.tokens_per_second_per_gpu / before.tokens_per_second_per_gpu
+        assert rates == pytest.approx(change.speed, rel=1e-6)
+
+
+def test_gradients_that_wait_may_be_too_large_where_a_larger_micro_batch_is_not():
+    """ZeRO 1 keeps whole gradients while micro batches accumulate: one micro batch of all rows needs less."""
+    words = ["parallel.zero=1", "parallel.recompute=full", "data.seq_len=512", "train.global_batch_size=128"]
+    cluster = cluster_of("H200", 8, memory_gib=45)
+    made = plan(recipe(*words, "train.micro_batch_size=1"), cluster)
+    assert not made.fits
+    assert "train.micro_batch_size=16 train.global_batch_size=128" in [change.what for change in made.advice]
+    assert largest_micro_batch(recipe(*words, "train.micro_batch_size=auto"), cluster) == 16
+    ranking = search(recipe(*words), cluster, keep=100)
+    same = [item for item in ranking.candidates if str(item.job.layout) == "TP1PP1DP8" and item.job.layout.zero == 1]
+    assert same[0].fits
+
+
+def test_auto_in_a_pipeline_leaves_every_stage_work():
+    words = ["parallel.pp=4", "train.micro_batch_size=auto", "data.seq_len=512", "train.global_batch_size=64"]
+    made = plan(recipe(*words), cluster_of("H200", 8))
+    assert made.job.micro_batch == 8
+    assert made.job.accumulation == 4
+    # nine micro batches cannot be interleaved over four ranks, three can
+    odd = [*words, "parallel.pp_schedule=interleaved", "train.global_batch_size=18"]
+    assert plan(recipe(*odd), cluster_of("H200", 8)).job.accumulation != 9
+    with pytest.raises(UserError, match="cannot order 9 micro batches"):
+        plan(recipe(*odd, "train.micro_batch_size=1"), cluster_of("H200", 8))
 
 
 def test_a_processor_has_no_other_memory_to_wait_in():

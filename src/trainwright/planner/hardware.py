@@ -53,6 +53,10 @@ class Card:
         value: float | None = getattr(self, dtype)
         return None if value is None else value * TERA
 
+    def rate(self, dtype: str) -> float:
+        """The same, and the float32 peak where the card has no such unit: libraries then compute in float32."""
+        return self.peak(dtype) or self.fp32 * TERA
+
 
 # The first card whose names all occur in the device's name is taken, so special forms stand before general ones.
 CARDS = (
@@ -182,7 +186,7 @@ def cluster_of(
     if link:
         card = replace(card, link=link)
     count = 1 if gpus is None else gpus
-    in_node = gpus_per_node or min(8, count)
+    in_node = gpus_per_node or Cluster.gpus_per_node
     if not 1 <= count <= 1_000_000 or in_node < 1:
         raise UserError(f"--gpus {count} in nodes of {in_node}: use at least 1 of each, and at most a million")
     return Cluster(card, count, in_node, node_link or Cluster.node_link)

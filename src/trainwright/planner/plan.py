@@ -128,24 +128,31 @@ def largest_micro_batch(
     calibration: Calibration | None = None,
     limit: int | None = None,
 ) -> int:
-    """The most rows a micro batch can have and fit, with the same global batch. 0 where not even one row fits."""
+    """The most rows a micro batch can have and fit, with the same global batch. 0 where none fits.
+
+    Tried from the largest: one that leaves nothing to accumulate may fit where smaller ones do not, since gradients
+    that wait for later micro batches are not sharded below ZeRO 2.
+    """
     config = config or model_config(recipe)
-    best = 0
     for size in _sizes(recipe, cluster):
         if limit is not None and size > limit:
-            break
-        job = build_job(recipe, cluster, config=config, program=program, calibration=calibration, micro_batch=size)
-        if not plan_memory(job).fits:
-            break
-        best = size
-    return best
+            continue
+        try:
+            job = build_job(recipe, cluster, config=config, program=program, calibration=calibration, micro_batch=size)
+        except UserError:  # a schedule that cannot order so many micro batches; what no size mends, the plan will say
+            continue
+        if plan_memory(job).fits:
+            return size
+    return 0
 
 
 def _sizes(recipe: Recipe, cluster: Cluster) -> Iterator[int]:
-    """Micro batches that divide a data rank's share of the global batch, smallest first."""
-    train, ranks = recipe.train, Layout.of(recipe.parallel, cluster.gpus).data_ranks
+    """Micro batches that divide a data rank's share of the global batch, largest first; those that are too few for a
+    pipeline's stages last."""
+    train, layout = recipe.train, Layout.of(recipe.parallel, cluster.gpus)
+    ranks = layout.data_ranks
     if train.global_batch_size is None:
-        yield from (2**power for power in range(13))
+        yield from (2**power for power in range(12, -1, -1))
         return
     share, rest = divmod(train.global_batch_size, ranks)
     if rest or not share:
@@ -153,7 +160,8 @@ def _sizes(recipe: Recipe, cluster: Cluster) -> Iterator[int]:
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} does not spread over {ranks} data ranks: use {nearest}"
         )
-    yield from (size for size in range(1, share + 1) if share % size == 0)
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    yield from sorted(sizes, key=lambda size: share // size < layout.pp)
 
 
 # ---- what would make it fit
@@ -180,6 +188,8 @@ def _candidates(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     order = ["none", "selective", "full"]
     keep += [{"parallel.recompute": mode} for mode in order[order.index(parallel.recompute) + 1 :]]
     smaller = [size for size in (1, 2, 4, 8, 16, 32, 64) if size < job.micro_batch and job.micro_batch % size == 0]
+    if job.accumulation > 1 and layout.pp == 1:  # gradients that wait for later micro batches may be what is too much
+        smaller.append(job.micro_batch * job.accumulation)
     for size in smaller:
         again = {"train.micro_batch_size": size, "train.global_batch_size": job.global_batch}
         keep.append(again)
@@ -191,10 +201,13 @@ def _candidates(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
             if layout.dp_shard % factor == 0 and degree <= (job.cluster.gpus_per_node if axis == "tp" else 64):
                 keep.append({f"parallel.{axis}": degree, "train.global_batch_size": job.global_batch})
     if parallel.offload == "none" and job.cluster.card.name != "CPU":  # whose memory is the host's
-        keep += [{"parallel.offload": what} for what in ("optimizer", "all")]
-    for factor in (2, 4, 8, 16):
-        keep.append({"gpus": job.cluster.gpus * factor})
+        keep += [{"parallel.offload": what} for what in ("activations", "optimizer", "all")]
     other: list[dict[str, Any]] = []
+    for factor in (2, 4, 8, 16):
+        more = {"gpus": job.cluster.gpus * factor}
+        keep.append({**more, "train.global_batch_size": job.global_batch})
+        if job.global_batch % (job.micro_batch * layout.data_ranks * factor):
+            other.append(more)  # a larger batch: there are not rows enough for all
     if recipe.train.optimizer == "adamw" and recipe.adapter is None:
         other += [{"train.optimizer": name} for name in ("adamw8bit", "adafactor")]
     if recipe.train.master_weights and recipe.train.precision != "fp32" and recipe.adapter is None:
@@ -203,11 +216,12 @@ def _candidates(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
         other += [{"adapter": {"rank": 16}}, {"adapter": {"rank": 16}, "quantize": "nf4"}]
     elif recipe.adapter is not None and recipe.quantize != "nf4":
         other.append({"quantize": "nf4"})
-    smallest = {"train.micro_batch_size": 1, "train.global_batch_size": job.global_batch, "parallel.recompute": "full"}
-    other += [{**words, **smallest} for words in list(other)]
-    other += [
-        {"data.seq_len": job.seq_len // factor, **smallest} for factor in (2, 4, 8) if job.seq_len // factor >= 64
-    ]
+    other += [{"data.seq_len": job.seq_len // factor} for factor in (2, 4, 8) if job.seq_len // factor >= 64]
+    smallest: dict[str, Any] = {} if parallel.recompute == "full" else {"parallel.recompute": "full"}
+    if job.micro_batch > 1:
+        smallest |= {"train.micro_batch_size": 1, "train.global_batch_size": job.global_batch}
+    if smallest:
+        other += [{**words, **smallest} for words in list(other) if "gpus" not in words]
     return keep, other
 
 
@@ -219,7 +233,7 @@ def _try(plan: Plan, words: dict[str, Any], same: bool = True) -> Change | None:
     try:
         recipe = changed(plan.recipe, words)
         again = build_job(recipe, cluster, program=_program(plan), calibration=plan.job.calibration)
-        if again.global_batch != plan.job.global_batch and gpus == plan.job.cluster.gpus:
+        if same and again.global_batch != plan.job.global_batch:
             return None
         memory = plan_memory(again)
         if not memory.fits:

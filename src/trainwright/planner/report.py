@@ -73,6 +73,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "money": plan.length.money,
         },
         "advice": [_change(change) for change in plan.advice],
+        "notes": speed.notes,
         "calibration": {"source": job.calibration.source, "measured": job.calibration.measured},
     }
 
@@ -159,6 +160,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(_advice_table(plan.advice))
     elif not plan.fits:
         console.print("No single change and no pair of changes makes it fit: try [bold]--search[/bold] or more GPUs.")
+    for note in plan.speed.notes:
+        console.print(f"[yellow]{note}[/yellow]")
     kind = "measured" if job.calibration.measured else "not measured on this card"
     console.print(f"[dim]efficiencies: {kind}; {job.calibration.source}[/dim]")
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig
-from trainwright.parallel.split import check_micro_batches
 from trainwright.planner.build import build_job, frozen_of, model_config
 from trainwright.planner.calibration import load_calibration
 from trainwright.planner.hardware import GIB, Cluster
@@ -140,15 +139,17 @@ class _Search:
     def _best_of(self, words: Words) -> Candidate | None:
         """The fastest micro batch and recomputation of a layout that fits, else the nearest miss."""
         best: Candidate | None = None
+        whole = words["parallel.pp"] == 1 and words["parallel.zero"] <= 1  # gradients that wait are not sharded
         for recompute in ("none", "selective", "full"):
-            for size in self._micro_batches(words):
-                candidate = self._judge({**words, "parallel.recompute": recompute}, size)
+            sizes = self._micro_batches(words)
+            while sizes:
+                candidate = self._judge({**words, "parallel.recompute": recompute}, sizes.pop(0))
                 if candidate is None:
                     continue
                 if best is None or (candidate.rate, candidate.memory.free) > (best.rate, best.memory.free):
                     best = candidate
-                if not candidate.fits:
-                    break
+                if not candidate.fits:  # nor do larger ones, but for the last where it leaves nothing to accumulate
+                    sizes = sizes[-1:] if whole else []
         return best
 
     def _micro_batches(self, words: Words) -> list[int]:
@@ -166,7 +167,6 @@ class _Search:
         recipe = _with(self.recipe, words)
         try:
             job = build_job(recipe, self.cluster, config=self._tree(recipe), calibration=self.calibration)
-            check_micro_batches(recipe.parallel.pp_schedule, job.layout.pp, job.accumulation)
             memory = plan_memory(job)
         except UserError:
             return None

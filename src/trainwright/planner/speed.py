@@ -13,7 +13,7 @@ from trainwright.planner.activations import kind_activations
 from trainwright.planner.collectives import Wires
 from trainwright.planner.hardware import GIGA, TERA
 from trainwright.planner.job import Job, LayerGroup, Stage
-from trainwright.planner.states import group_elements, stage_states, whole_elements
+from trainwright.planner.states import group_bytes, group_elements, stage_states, whole_bytes, whole_elements
 from trainwright.planner.work import Work, head_work, kind_work, kv_width
 
 
@@ -79,9 +79,21 @@ def plan_speed(job: Job) -> SpeedPlan:
         job.config.flops_per_token(job.seq_len, "palm"),
         causal,
         computed / (job.micro_batch * job.seq_len),
-        job.cluster.card.peak(job.recipe.train.precision) or job.cluster.card.fp32 * TERA,
+        job.cluster.card.rate(job.recipe.train.precision),
         job.global_batch,
+        _notes(job),
     )
+
+
+def _notes(job: Job) -> list[str]:
+    """What a user should know of the speed that no figure says."""
+    card, precision = job.cluster.card, job.recipe.train.precision
+    if card.peak(precision) is not None:
+        return []
+    other = f"; set train.precision=fp16 for {card.fp16:g}" if card.fp16 and precision == "bf16" else ""
+    return [
+        f"{card.name} has no unit for {precision}: products run at its float32 peak of {card.fp32:g} TFLOP/s{other}"
+    ]
 
 
 def _bubble(job: Job, slowest: _StageTime) -> float:
@@ -138,14 +150,13 @@ class _StageTime:
         if again:
             parts["recompute"] = again
         parts["activations to host"] = self._host_travel(work, group.layer)
-        short = work.bound * (1 + again / (work.forward + work.backward + 1e-12)) - sum(parts.values())
+        short = work.forward + work.backward + again - sum(parts.values())
         if short > 0:
             parts["host"] = short
         inner_forward, inner_backward = self._activations_travel()
         parts["activations' travel"] = inner_forward + inner_backward
-        elements = group_elements(self.job, group)
         trained = group_elements(self.job, group, trained=True)
-        forward, backward = self._weights_travel(elements, trained)
+        forward, backward = self._weights_travel(group_bytes(self.job, group), trained)
         shown, slowed = 0.0, 0.0
         for travel, compute in ((forward, work.forward), (backward, work.backward + again)):
             hidden = min(travel, compute) * self.job.calibration.overlap * self.program.overlap
@@ -170,10 +181,11 @@ class _StageTime:
             return work.forward_of("norms", "activation") * self.program.recompute
         return 0.0
 
-    def _weights_travel(self, elements: int, trained: int) -> tuple[float, float]:
-        """Collectives on one layer's weights and gradients, forward and backward."""
+    def _weights_travel(self, size: int, trained: int) -> tuple[float, float]:
+        """Collectives on one layer's weights (bytes; those in fewer bits travel packed) and gradients (elements),
+        forward and backward."""
         job, wires, program = self.job, self.wires, self.program
-        gather = wires.all_gather("shard", elements * program.compute)
+        gather = wires.all_gather("shard", size)
         sums = wires.reduce_scatter("shard", trained * program.reduce)
         sums += wires.all_reduce("replicate", trained * program.reduce / max(1, job.shards))
         # A pipeline keeps weights gathered and sums gradients once a step, as ZeRO 0 and 1 do.
@@ -218,8 +230,8 @@ class _StageTime:
         if job.layout.world_size == 1:
             return 0.0
         outer = job.outer(self.stage)
-        elements, trained = whole_elements(job, outer), whole_elements(job, outer, trained=True)
-        ends = wires.all_gather("shard", elements * program.compute)
+        trained = whole_elements(job, outer, trained=True)
+        ends = wires.all_gather("shard", whole_bytes(job, outer))
         ends += wires.reduce_scatter("shard", trained * program.reduce)
         ends += wires.all_reduce("replicate", trained * program.reduce / max(1, job.shards))
         if 0 < job.layout.zero < program.weights_sharded_from:  # updated shards go back to all (ZeRO 1 and 2)
@@ -234,15 +246,15 @@ class _StageTime:
         bandwidth = job.cluster.card.bandwidth * GIGA * job.calibration.bandwidth
         trained = states.gradients / max(1, program.gradient)
         if job.states_in_host:
-            return self._host_update(trained)
+            return self._host_update(trained, states.weights + states.quantized + states.adapters)
         moved = 2 * states.optimizer + 2 * states.gradients + 2 * trained * program.trained
         return moved / bandwidth + program.step_seconds + trained / 1e9 * program.optimizer_seconds
 
-    def _host_update(self, trained: float) -> float:
-        """Weights up for every gather, gradients down, and an update that the host's memory bounds (about 100 GB/s for
-        all processes of a machine)."""
+    def _host_update(self, trained: float, weights: int) -> float:
+        """All weights (bytes) up for every gather, frozen ones too, gradients of `trained` ones down, and an update
+        that the host's memory bounds (about 100 GB/s for all processes of a machine)."""
         job, program = self.job, self.program
         gathers = job.accumulation * 2 if job.layout.zero >= 3 else 1
-        travel = trained * (gathers * program.trained + program.gradient) / (job.cluster.card.host_link * GIGA)
+        travel = (gathers * weights + trained * program.gradient) / (job.cluster.card.host_link * GIGA)
         here = min(job.cluster.gpus, job.cluster.gpus_per_node)
         return travel + trained * 28 * here / (100 * GIGA)

@@ -58,7 +58,7 @@ class Roofline:
         card = job.cluster.card
         dtype = "fp32" if self.program.compute == 4 else job.recipe.train.precision
         self.dtype = dtype
-        self.peak = card.peak(dtype) or card.peak("fp16") or card.fp32 * 1e12
+        self.peak = card.rate(dtype)
         self.fp8 = card.peak("fp8")
         self.bandwidth = card.bandwidth * GIGA * self.calibration.bandwidth
 
