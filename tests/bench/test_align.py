@@ -76,6 +76,23 @@ def test_nan_never_agrees(tmp_path):
     assert not align(broken, broken).aligned
 
 
+def test_a_step_that_training_skipped_is_nan(tmp_path):
+    """JSON has no NaN: metrics.jsonl says null and that the step was skipped."""
+    write(tmp_path, "metrics.jsonl", LOSSES)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 30, "loss": None, "grad_norm": None, "skipped": True}) + "\n")
+    found = align(tmp_path, write(tmp_path, "list.json", LOSSES))
+    assert (found.aligned, found.worst_step, found.steps) == (False, 30, 20)
+
+
+def test_a_last_line_that_is_cut_off_is_left_out(tmp_path):
+    """A run that goes on, or was killed, may be in the middle of a line."""
+    write(tmp_path, "metrics.jsonl", LOSSES)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')
+    assert list(read_losses(tmp_path)) == list(range(1, 41))
+
+
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [

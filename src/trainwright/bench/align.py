@@ -105,7 +105,10 @@ def read_losses(path: Path) -> dict[int, float]:
 def _parse(file: Path, text: str) -> dict[int, float]:
     """By the file's ending; a text file of numbers is a CSV without a header."""
     if file.suffix == ".jsonl":
-        return _from_rows(json.loads(line) for line in text.splitlines() if line.strip())
+        lines = [line for line in text.splitlines() if line.strip()]
+        if lines and not text.endswith("\n") and not lines[-1].rstrip().endswith("}"):
+            lines.pop()  # cut off by a crash, or being written
+        return _from_rows(json.loads(line) for line in lines)
     if file.suffix == ".json":
         return _from_json(json.loads(text))
     return _from_table(text)
@@ -124,12 +127,16 @@ def _from_json(value: Any) -> dict[int, float]:
 
 
 def _from_rows(rows: Iterable[dict[str, Any]]) -> dict[int, float]:
-    """Rows without a loss (evaluation, notes) are passed over; a repeated step counts as last written (a resume)."""
+    """Rows without a loss (evaluation, notes) are passed over; a repeated step counts as last written (a resume).
+
+    A step that metrics.jsonl marks as skipped had a loss that JSON cannot write: NaN.
+    """
     losses: dict[int, float] = {}
     for row in rows:
         loss = next((row[name] for name in LOSS_COLUMNS if row.get(name) not in (None, "")), None)
-        if loss is None:
+        if loss is None and not row.get("skipped"):
             continue
+        loss = math.nan if loss is None else loss
         step = next((row[name] for name in STEP_COLUMNS if row.get(name) not in (None, "")), len(losses) + 1)
         losses[int(float(step))] = float(loss)
     return losses
