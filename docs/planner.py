@@ -26,6 +26,7 @@ from trainwright.bench.published import PublishedRow, load_published
 from trainwright.planner.calibration import Calibration, read_calibration
 from trainwright.planner.hardware import GIB, cluster_of
 from trainwright.planner.plan import Plan, plan
+from trainwright.planner.program import own_program
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "planner.md"
@@ -119,7 +120,7 @@ def _measured(path: Path) -> str:
     rows = [row for row in results["rows"] if row["status"] in ("ok", "oom") and row["name"] in cells]
     lines, errors = [], []
     for row in rows:
-        made = _plan(cells[row["name"]], row, calibration)
+        made = _plan(cells[row["name"]], row, calibration, results.get("program", {}))
         memory = made.memory.stages[0].peak.total if results.get("peak_of") == "rank 0" else made.memory.allocated
         seconds = row.get("step_seconds")
         of_memory, of_time = error(memory / GIB, row.get("peak_memory_gib")), error(made.speed.step_seconds, seconds)
@@ -135,9 +136,12 @@ def _measured(path: Path) -> str:
     return "\n\n".join([f"### {results['title']}", results.get("source", ""), _bounds(errors), table(heads, lines)])
 
 
-def _plan(cell: Cell, row: dict[str, Any], calibration: Calibration | None) -> Plan:
+def _plan(cell: Cell, row: dict[str, Any], calibration: Calibration | None, then: dict[str, Any]) -> Plan:
+    """then: what was another number of our program when the row was measured."""
     cap = cell.setting.memory_gib or row.get("device_memory_gib")
-    return plan(cell.recipe, cluster_of(row["device"], cell.gpus, memory_gib=cap), calibration=calibration)
+    cluster = cluster_of(row["device"], cell.gpus, memory_gib=cap)
+    program = own_program(cell.recipe, cluster.card, cell.gpus).with_values(then)
+    return plan(cell.recipe, cluster, program=program, calibration=calibration)
 
 
 def _bounds(errors: list[tuple[str, float | None, float | None, bool]]) -> str:

@@ -63,13 +63,15 @@ def test_grouped_linear(counts: list[int]) -> None:
         assert (one.float() - two.float()).abs().max() / two.float().abs().max() < 1e-2
 
 
-def test_cross_entropy() -> None:
+@pytest.mark.parametrize("chunk", [0, 300])
+def test_cross_entropy(chunk: int) -> None:
+    """In chunks the head's gradient is a sum that one product after the other is added to, in place."""
     torch.manual_seed(0)
     x = torch.randn(2, 700, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(50000, 256, device="cuda") * 0.1).bfloat16().requires_grad_()
     labels = torch.randint(0, 50000, (2, 700), device="cuda")
     labels[:, ::3] = -100
-    given = linear_cross_entropy(x, weight, labels)
+    given = linear_cross_entropy(x, weight, labels, chunk=chunk)
     ours = torch.autograd.grad(given, (x, weight))
     wide_x, wide_w = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
     expected = linear_cross_entropy_plain(wide_x, wide_w, labels)

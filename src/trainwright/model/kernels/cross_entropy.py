@@ -124,18 +124,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor = grads[0]
         return (
             None if grad_x is None else grad_x.mul_(factor),
-            None if grad_w is None else grad_w.mul_(factor).to(ctx.dtypes[0]),
-            None if grad_b is None else grad_b.mul_(factor).to(ctx.dtypes[1]),
+            None if grad_w is None else _scaled(grad_w, factor, ctx.dtypes[0]),
+            None if grad_b is None else _scaled(grad_b, factor, ctx.dtypes[1]),
             None,
             None,
             None,
         )
 
 
+def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """total * factor in `dtype`, in one pass."""
+    if total.dtype == dtype:
+        return total.mul_(factor)
+    return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in float32."""
+    """total += a @ b in float32, in place where the device can: a product of its own would be as large as the total,
+    and writing, reading and adding it three times the bytes."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += _matmul_float32(a, b)
 
