@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainwright.device import default_device, device_name, synchronize
+from trainwright.model.kernels.flash import activate as activate_flash
 from trainwright.planner.calibration import AttentionEfficiency, Calibration, load_calibration
 from trainwright.planner.hardware import GIGA, Card, Cluster, cpu_card, find_card
 
@@ -127,6 +128,7 @@ class _Bench:
     def attention(self) -> dict[str, AttentionEfficiency]:
         """Causal attention of each backend at two lengths, forward and backward."""
         found = {}
+        activate_flash(self.device)  # as training does
         for name, kernel in self._backends():
             try:
                 short, long = (self._attention(length, kernel) for length in self.lengths)

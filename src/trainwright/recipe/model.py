@@ -27,7 +27,8 @@ class ModelRecipe(Section):
         default_factory=dict, description="config.json keys to change, for example num_hidden_layers: 2"
     )
     attention: Literal["auto", "cudnn", "flash", "sdpa", "eager"] = Field(
-        "auto", description="attention backend; auto takes the fastest that this device has"
+        "auto",
+        description="attention backend; auto takes the fastest that this device has; flash: FA3 or FA4 where installed",
     )
     frozen: list[str] = Field(default_factory=list, description="parameters that stay fixed: name patterns with *")
 

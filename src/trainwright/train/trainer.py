@@ -152,7 +152,8 @@ class Trainer:
         if self.adapter_began is not None and not going_on:  # before any step: a checkpoint is nothing without it
             whole = WholeWeights(self.model, self.world)
             write_adapter(self.model.config, whole, self.adapter_began, write=self.world.is_main)
-        self.spread_notes = spread.notes
+        newer = torch.nn.attention.current_flash_attention_impl()
+        self.spread_notes = spread.notes + ([f"attention of packed rows: {newer}"] if newer else [])
         self.passes: Any = spread.pipeline or self.model  # what runs forward and backward; weights are the model's
         self.optimizers = build_optimizer(
             self.model,

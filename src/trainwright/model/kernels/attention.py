@@ -5,7 +5,7 @@ Owns the choice of a backend from mask, dtype and device. Backends:
     sdpa     torch's scaled_dot_product_attention, its own choice of kernel; a dense mask where one is needed
     cudnn    the same, cuDNN's kernel first (on Hopper almost twice flash attention 2)
     flash    the same, flash attention first
-    varlen   torch.nn.attention.varlen: packed documents and windows without any mask tensor
+    varlen   torch.nn.attention.varlen: packed documents and windows without any mask tensor, by flash attention too
     flex     torch.nn.attention.flex_attention, compiled: ALiBi, prefixes and their mixtures without a dense bias
 """
 
@@ -85,7 +85,7 @@ def attention(
     alibi = slopes_N is not None
     chosen = choose(mask, device=q_BSND.device, dtype=q_BSND.dtype, alibi=alibi, wanted=backend)
     if chosen == "varlen":
-        return _varlen(q_BSND, k_BTKD, v_BTKD, mask, scale)
+        return varlen(q_BSND, k_BTKD, v_BTKD, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BTKD, v_BTKD))
     if chosen == "flex":
         return _flex(q, k, v, mask, scale, slopes_N).transpose(1, 2)
@@ -144,7 +144,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, s
     return scores.masked_fill(~allowed, float("-inf")).softmax(-1).to(v.dtype) @ v
 
 
-def _varlen(q_BSND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: AttentionMask, scale: float) -> Tensor:
+def varlen(q_BSND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     B, S = q_BSND.shape[:2]
     offsets, longest = mask.seen.cu_seqlens, mask.seen.max_seqlen or k_BTKD.shape[1]
     if offsets is None and mask.seen.document_ids_BT is not None:
@@ -207,4 +207,7 @@ def describe(device: torch.device) -> str:
     """What bf16 training takes on this device, in words."""
     if device.type != "cuda":
         return "sdpa"
-    return "cudnn (plain causal), varlen (packed documents, windows), flex (ALiBi, prefix)"
+    from trainwright.model.kernels.flash import activate
+
+    newest = activate(device)
+    return f"cudnn (plain causal), varlen (packed documents, windows) by {newest}, flex (ALiBi, prefix)"
