@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from tests.parallel import models
-from tests.parallel.parity import TOLERANCE, Case, Trace, differences, expect, micro_batches, trace_of
+from tests.parallel.parity import STEPS, TOLERANCE, Case, Trace, differences, expect, micro_batches, trace_of
 from tests.parallel.test_mutants import replaced
 from tests.parallel.worlds import run, world_of
 from trainwright.adapt.lora import Lora, add_adapters
@@ -145,6 +146,29 @@ def broken(case: Case, mutant: Callable[[], Any]) -> Trace:
 def test_a_mutant_fails(mutant: Callable[[], Any], case: Case) -> None:
     worst = differences(case, run(case.layout.world_size, broken, case, mutant))
     assert max(worst.values()) > 100 * TOLERANCE
+
+
+# ---- what travels ----
+
+
+def gathers() -> int:
+    """All-gathers of one forward and backward pass of three layers under ZeRO-3."""
+    calls = []
+    real = _fsdp_param_group.foreach_all_gather
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return real(*args, **options)
+
+    case = Case("llama", Layout(world_size=2), accumulation=1)
+    with replaced(_fsdp_param_group, "foreach_all_gather", counted):
+        trace_of(case)
+    return len(calls) // STEPS
+
+
+def test_a_lookup_gathers_nothing_for_its_gradient() -> None:
+    """Embedding, three layers and the head forward; the layers again backward."""
+    assert run(2, gathers) == [5 + 3] * 2
 
 
 # ---- adapters ----

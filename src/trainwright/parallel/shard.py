@@ -59,6 +59,8 @@ def apply_fsdp(
         cut(layer)
     if model.embed_tokens is not None and not model.config.lm_head.tied:
         cut(model.embed_tokens)
+        table: Any = model.embed_tokens
+        table.set_unshard_in_backward(False)  # the gradient of a lookup needs no weights: one gather less a pass
     if model.lm_head is not None and not model.config.lm_head.tied:
         last = [part for part in (model.norm, model.project_out, model.lm_head) if part is not None]
         cut(last, regather=False)  # its backward comes at once
