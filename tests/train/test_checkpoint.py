@@ -111,6 +111,7 @@ DAMAGE = {
     ),
     "a cut file": ("tensors-00000-000.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-9]), "bytes"),
     "a missing file": ("index.json", lambda f: f.unlink(), "index.json is missing"),
+    "no manifest": ("manifest.json", lambda f: f.unlink(), "manifest.json is missing"),
     "an empty manifest": ("manifest.json", lambda f: f.write_text(""), "manifest.json"),
     "another format": ("manifest.json", lambda f: f.write_text('{"format": 99, "files": {}}'), "format 99"),
     "a manifest of nonsense": ("manifest.json", lambda f: f.write_text("[1]"), "manifest.json"),

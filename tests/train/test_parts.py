@@ -1,6 +1,7 @@
 """The small parts of a run: journal files, trackers, what is asked, what a token costs, what a person sees."""
 
 import json
+import math
 import signal
 import sys
 import types
@@ -171,6 +172,16 @@ def test_the_held_out_loss_is_no_mean_of_means():
     figures = held_out_loss(Fixed(), [batch(1, 1), batch(5, 7)], World(0, Layout(), CPU))
     assert figures["loss"] == pytest.approx((1 + 35) / 8)
     assert figures["supervised_tokens"] == 8
+
+
+def test_a_held_out_loss_that_is_no_number_is_null():
+    class Broken(torch.nn.Module):
+        def forward(self, input_ids, labels=None, **rest):
+            return Output(torch.tensor(math.nan), torch.tensor(1), torch.zeros(()))
+
+    ids = torch.ones((1, 8), dtype=torch.long)
+    figures = held_out_loss(Broken(), [Rows(ids, ids, ids, None)], World(0, Layout(), CPU))
+    assert figures == {"loss": None, "perplexity": None, "supervised_tokens": 1}
 
 
 def test_whole_rows_ask_for_no_document_mask():

@@ -1,7 +1,9 @@
 """Whole runs of a small recipe: the folder they leave, how they stop, what they refuse."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import torch
 import yaml
 
 from tests.train.small import CONFIG, small_recipe
+from trainwright.cli.train import train as train_verb
 from trainwright.errors import UserError
 from trainwright.model.checkpoint import load_model
 from trainwright.recipe.load import load_recipe
@@ -176,6 +179,46 @@ def test_a_corrupt_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match=r"step-00000004 is corrupt .*train.resume=2"):
         train(small_recipe(tmp_path, "train.steps=6"), resume=True)
     assert train(small_recipe(tmp_path, "train.steps=6", "train.resume=2")).step == 6
+
+
+def test_a_model_whose_checkpoints_are_gone_is_not_trained_anew(tmp_path):
+    result = train(small_recipe(tmp_path, "train.steps=2"))
+    shutil.rmtree(result.folder / "checkpoints")
+    before = {file: file.read_bytes() for file in result.folder.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"model is a finished run's and no checkpoint is left .*name=small-2"):
+        train(small_recipe(tmp_path, "train.steps=4"), resume=True)
+    assert {file: file.read_bytes() for file in result.folder.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_goes_on_where_its_folder_is(tmp_path, monkeypatch, moved):
+    """recipe.yaml may name another place: as seen from another folder, or before the run was moved."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(small_recipe(tmp_path, "train.steps=2", "output=runs"))
+    folder = tmp_path / "here" / "runs" / "small"
+    if moved:
+        folder = folder.rename(tmp_path / "there" / "other")
+    monkeypatch.chdir(tmp_path / "there")
+    train_verb(str(folder), ["train.steps=3"], resume=True)
+    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert not list(tmp_path.glob("there/runs"))
+    train_verb(str(folder), ["train.steps=1", "output=new"], resume=True)  # words that name a place are obeyed
+    assert len(list(tmp_path.glob("there/new/*/metrics.jsonl"))) == 1
+
+
+def test_a_write_that_fails_leaves_the_recipe_of_the_run(tmp_path, monkeypatch):
+    result = train(small_recipe(tmp_path, "train.steps=2"))
+    before = (result.folder / "recipe.yaml").read_text()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(small_recipe(tmp_path, "train.steps=4"), resume=True)
+    assert (result.folder / "recipe.yaml").read_text() == before
 
 
 # ---- stopping ----

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainwright.errors import UserError
 from trainwright.model.folder import INDEX, SINGLE
 
 
@@ -27,6 +28,7 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int
 
     Holds one file's tensors at a time. File names say how many there are, so they are given last.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[tuple[Path, list[str]]] = []
@@ -37,7 +39,10 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int
     def flush() -> None:
         nonlocal batch, size
         file = folder / f"{len(shards)}.part"
-        save_file(batch, str(file), metadata={"format": "pt"})
+        try:
+            save_file(batch, str(file), metadata={"format": "pt"})
+        except SafetensorError as error:  # what a full disk is here
+            raise UserError(f"{folder.parent}: the model could not be written: {error}") from None
         shards.append((file, list(batch)))
         batch, size = {}, 0
 

@@ -53,12 +53,15 @@ class Checkpoint:
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints below `folder`, oldest first. Unfinished ones have other names and are not seen."""
+    """The checkpoints below `folder`, oldest first. Unfinished ones have other names and are not seen.
+
+    One that lost files, even its manifest, is seen, so that it is refused by name and never taken for absent.
+    """
     if not folder.is_dir():
         return []
-    found = [(NAME.match(path.name), path) for path in folder.iterdir()]
+    found = [(NAME.match(path.name), path) for path in folder.iterdir() if path.is_dir()]
     return sorted(
-        (Checkpoint(int(match[1]), path) for match, path in found if match and (path / "manifest.json").is_file()),
+        (Checkpoint(int(match[1]), path) for match, path in found if match and any(path.iterdir())),
         key=lambda checkpoint: checkpoint.step,
     )
 
@@ -233,6 +236,8 @@ def _fault(path: Path, rank: int, ranks: int) -> str | None:
         files = sorted(manifest["files"].items())[rank::ranks]
         with ThreadPoolExecutor(HASH_THREADS) as pool:
             faults = list(pool.map(lambda item: _file_fault(path / item[0], item[1]), files))
+    except FileNotFoundError:
+        return "manifest.json is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json: {error!r}"
     return next((fault for fault in faults if fault), None)

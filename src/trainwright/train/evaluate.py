@@ -26,7 +26,7 @@ from trainwright.model.generate import generate
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.mesh import World
 from trainwright.recipe.train import EvaluationRecipe
-from trainwright.train.step import IGNORED, to_inputs
+from trainwright.train.step import IGNORED, finite_or_none, to_inputs
 
 QUESTIONS_AT_ONCE = 32
 Asked = Callable[[], bool]  # whether a signal asks to stop; the same answer on every rank
@@ -48,7 +48,7 @@ class HeldOut:
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
 
-    def loss(self, model: torch.nn.Module, micro_batch_size: int, asked: Asked) -> dict[str, float]:
+    def loss(self, model: torch.nn.Module, micro_batch_size: int, asked: Asked) -> dict[str, float | None]:
         """Loss of the whole split, or of `evaluation.max_batches` micro batches of each data rank.
 
         Raises Interrupted when `asked`.
@@ -85,8 +85,11 @@ class HeldOut:
 
 def held_out_loss(
     model: torch.nn.Module, batches: Iterable[Batch], world: World, asked: Asked = lambda: False
-) -> dict[str, float]:
-    """Mean loss over the supervised tokens of `batches`, which every data rank has as many of; one wait at the end."""
+) -> dict[str, float | None]:
+    """Mean loss over the supervised tokens of `batches`, which every data rank has as many of; one wait at the end.
+
+    None where it is not a finite number, which JSON has no word for.
+    """
     total = torch.zeros(2, dtype=widest_float(world.device), device=world.device)
     training = model.training
     model.eval()
@@ -102,7 +105,12 @@ def held_out_loss(
         model.train(training)
     loss_sum, tokens = world.sum(total, copies=world.layout.token_copies).tolist()
     loss = loss_sum / max(tokens, 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": int(tokens)}
+    perplexity = math.exp(min(loss, 700.0))
+    return {
+        "loss": finite_or_none(loss),
+        "perplexity": finite_or_none(perplexity),
+        "supervised_tokens": int(tokens),
+    }
 
 
 @dataclass(frozen=True)

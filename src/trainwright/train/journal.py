@@ -5,12 +5,12 @@ Owns which figure goes where. How a line looks is `display.py`'s, what it means 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from trainwright.parallel.mesh import World
 from trainwright.recipe.schema import Recipe
+from trainwright.store import read_json, write_json
 from trainwright.train.display import Display
 from trainwright.train.evaluate import Answer, as_rows, exact_match
 from trainwright.train.metrics import JsonLines
@@ -68,7 +68,8 @@ class Journal:
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """The figures of the held-out split at a step."""
-        self.say(f"held-out loss at step {line['step']}: {line['loss']:.4f}")
+        loss = "not a finite number" if line["loss"] is None else f"{line['loss']:.4f}"
+        self.say(f"held-out loss at step {line['step']}: {loss}")
         if self.writes:
             self.evaluations.write(line)
             self._track("evaluation", line)
@@ -78,9 +79,9 @@ class Journal:
         self.evaluated[when] = {**figures, "exact_match": exact_match(answers)}
         if self.writes and (figures or answers):
             path = self.folder.answers
-            kept = json.loads(path.read_text(encoding="utf-8")) if when == "after" and path.exists() else {}
+            kept = (read_json(path) if when == "after" else None) or {}
             kept[when] = {**self.evaluated[when], "answers": as_rows(answers)}
-            path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(path, kept)
         if answers:
             self.say(f"{when} training, {exact_match(answers):.1%} of {len(answers)} held-out answers are exact:")
         for answer in answers[:3]:

@@ -11,12 +11,13 @@ Owns the file and the figures. Trackers get the same dictionary in `trackers.py`
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from trainwright.model.config import ModelConfig
+from trainwright.store import write_text
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,7 @@ class JsonLines:
     def __init__(self, path: Path, *, keep_until: int = 0) -> None:
         """Opens `path`; lines beyond step `keep_until` belong to a future that will be written anew, and go."""
         kept = [line for line in read_lines(path) if line["step"] <= keep_until]
-        beside = path.with_name(f"{path.name}.partial")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(beside, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
@@ -82,7 +81,8 @@ class JsonLines:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every line was flushed; one that a full disk refused was told of then
+            self._file.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from trainwright.data.cache import write_json
 from trainwright.device import device_name
 from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig
@@ -25,6 +24,7 @@ from trainwright.planner.compare import Comparison, compare, out_of_memory, read
 from trainwright.planner.hardware import GIB, Card, Cluster, cpu_card, find_card
 from trainwright.planner.plan import Plan, largest_micro_batch, plan
 from trainwright.recipe.schema import Recipe
+from trainwright.store import write_json
 from trainwright.train.metrics import read_lines
 
 # What libraries say when there is no memory: torch on a CPU, C++, oneDNN, the CUDA driver, cuBLAS.

@@ -25,7 +25,7 @@ POINTS = 1500  # a longer curve is thinned for the page; metrics.jsonl keeps all
 def write_report(folder: RunFolder) -> Path:
     """Writes report.html and loss.png of a run's folder and returns the page's path."""
     steps = [line for line in read_lines(folder.metrics) if line.get("loss") is not None]
-    evaluations = read_lines(folder.evaluations)
+    evaluations = [line for line in read_lines(folder.evaluations) if line.get("loss") is not None]
     draw_loss(folder.path / "loss.png", steps, evaluations, folder.path.name)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

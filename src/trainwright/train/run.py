@@ -6,8 +6,6 @@ Owns its names, what may be written over, recipe.yaml and environment.json. The 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import platform
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from trainwright.errors import UserError
 from trainwright.recipe.load import load_recipe
 from trainwright.recipe.schema import Recipe
 from trainwright.recipe.show import to_yaml
+from trainwright.store import read_json, write_json, write_text
 from trainwright.train.checkpoint import list_checkpoints
 
 PACKAGES = (
@@ -91,20 +90,23 @@ def check_folder(recipe: Recipe, resume: bool) -> RunFolder:
     """The folder of this recipe's run. Raises UserError rather than writing over another run's work.
 
     A folder in which no step was ever finished is taken again; so is any folder when resuming, also one that is empty,
-    so that a job that is queued again and again may always say --resume.
+    so that a job that is queued again and again may always say --resume. A model without a checkpoint is left alone.
     """
     folder = RunFolder(Path(recipe.output) / recipe.name)
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path} is a file: choose another name or output")
-    if resume or not folder.path.is_dir():
+    if not folder.path.is_dir():
         return folder
     saved = list_checkpoints(folder.checkpoints)
-    if (
-        saved
-        or folder.model.exists()
-        or folder.adapter.exists()
-        or (folder.metrics.exists() and folder.metrics.stat().st_size)
-    ):
+    result = next((path for path in (folder.model, folder.adapter) if path.exists()), None)
+    if resume and result is not None and not saved:
+        raise UserError(
+            f"{result} is a finished run's and no checkpoint is left to go on from: keep it and start anew with "
+            f"name={_free_name(recipe)}"
+        )
+    if resume:
+        return folder
+    if saved or result is not None or (folder.metrics.exists() and folder.metrics.stat().st_size):
         reached = f"a run with a checkpoint at step {saved[-1].step}" if saved else "a run's metrics"
         raise UserError(
             f"{folder.path} holds {reached}: go on with --resume, or keep it and start anew with "
@@ -150,16 +152,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_recipe(folder: RunFolder, recipe: Recipe) -> None:
     """The recipe as resolved: running it again repeats the run."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    (folder.path / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    write_text(folder.path / "recipe.yaml", to_yaml(recipe))
 
 
 def write_environment(folder: RunFolder, recipe: Recipe, **more: Any) -> str:
     """Where and with what the run runs. Returns the run's id, which a resume keeps."""
     path = folder.path / "environment.json"
-    run_id = uuid.uuid4().hex[:8]
-    if path.exists():
-        with contextlib.suppress(ValueError, KeyError):
-            run_id = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+    before = read_json(path)
+    run_id = before.get("run_id") if isinstance(before, dict) else None
+    run_id = run_id or uuid.uuid4().hex[:8]
     environment = {
         "run_id": run_id,
         "trainwright": __version__,
@@ -172,17 +173,14 @@ def write_environment(folder: RunFolder, recipe: Recipe, **more: Any) -> str:
         "seed": recipe.train.seed,
         **more,
     }
-    path.write_text(json.dumps(environment, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, environment)
     return run_id
 
 
 def add_to_environment(folder: RunFolder, **more: Any) -> None:
     """Facts that are known only later, such as how long the start took."""
     path = folder.path / "environment.json"
-    environment = json.loads(path.read_text(encoding="utf-8")) | more
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(json.dumps(environment, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_json(path, (read_json(path) or {}) | more)
 
 
 def _installed(name: str) -> str | None:

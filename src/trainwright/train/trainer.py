@@ -21,6 +21,7 @@ from trainwright.adapt.peft import write_adapter
 from trainwright.data.loader import Batch, Loader
 from trainwright.data.prepare import prepare
 from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
+from trainwright.errors import UserError
 from trainwright.parallel.layout import check_model
 from trainwright.parallel.mesh import join_world
 from trainwright.parallel.pipeline import without_twins
@@ -70,6 +71,10 @@ def train(recipe: Recipe, *, resume: bool | int | None = None, force: bool = Fal
     try:
         with accounted(trainer.plan, trainer.whereabouts):
             return trainer.run()
+    except OSError as error:  # a disk that is full, or gone
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        fix = "mend that and go on with --resume"
+        raise UserError(f"{trainer.whereabouts()}: {what}; {trainer.kept()}: {fix}") from error
     finally:
         trainer.close()
 
@@ -180,6 +185,12 @@ class Trainer:
         step = f"step {self.step + 1}"
         return f"rank {self.world.rank} of {self.world.size}, {step}" if self.world.size > 1 else step
 
+    def kept(self) -> str:
+        """What is left of the run if it ends now."""
+        return (
+            f"{self.checkpoint.path} is the last good checkpoint" if self.checkpoint else "no checkpoint was made yet"
+        )
+
     def run(self) -> RunResult:
         """Trains to the end, or until a signal asks to stop; then the run's last files."""
         self._greet()
@@ -260,10 +271,7 @@ class Trainer:
             row_number=lambda number, row: (number * world.layout.data_ranks + world.data_rank) * size + row,
         )
         what = f"the loss is {result.loss}" if not math.isfinite(result.loss) else "a gradient is not finite"
-        kept = (
-            f"{self.checkpoint.path} is the last good checkpoint" if self.checkpoint else "no checkpoint was made yet"
-        )
-        line = account(self.step + 1, what, world.gather(found), kept)
+        line = account(self.step + 1, what, world.gather(found), self.kept())
         self.nonfinite.judge(line)
         self.journal.say(f"SKIPPED {line}")
 
