@@ -93,6 +93,8 @@ def test_calls_in_older_spellings() -> None:
         assert read({"conversations": turns}).messages[1] == {
             "role": "assistant", "content": "", "tool_calls": called
         }  # fmt: skip
+    nothing = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now", "arguments": ""}}]}
+    assert read({"messages": [CHAT[0], nothing]}).messages[1]["tool_calls"][0]["function"]["arguments"] == {}
     turn = {"role": "assistant", "content": None, "function_call": CALL["function"]}
     assert read({"messages": [CHAT[0], turn]}).messages[1]["tool_calls"] == called
 

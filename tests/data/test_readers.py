@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather
@@ -20,7 +21,7 @@ LIMIT = 1 << 20
 ROWS = [{"text": f"row {number} é" + "x" * (number * 7 % 50)} for number in range(60)]
 
 
-def write(folder: Path, name: str, rows: list[dict[str, str]] = ROWS) -> Path:
+def write(folder: Path, name: str, rows: list[dict[str, Any]] = ROWS) -> Path:
     path = folder / name
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     table = pa.Table.from_pylist(rows)
@@ -187,6 +188,15 @@ def test_a_broken_file_is_one_line(tmp_path: Path, name: str, content: bytes, wo
     with pytest.raises(UserError, match=words) as caught:
         read()
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_columns_of_objects_bring_no_keys_of_other_rows(tmp_path: Path, name: str) -> None:
+    """Arrow fills every object with the keys of all rows; a call must not gain the arguments of another tool."""
+    rows = [{"calls": [{"arguments": {"a": 1}}], "text": None}, {"calls": [{"arguments": {"b": "x"}}], "text": "t"}]
+    file = look(write(tmp_path, name, rows))
+    assert file is not None
+    assert [row.row for row in RowReader(file, LIMIT).read(0, 2)] == rows
 
 
 def test_other_files_are_not_data(tmp_path: Path) -> None:

@@ -325,6 +325,10 @@ def test_two_named_templates_and_null_fields():
         ("{{ messages[0].nothing.at.all }}", "chat template: .*no attribute"),
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "fails on this conversation: TypeError"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ 1 / 0 }}", "fails on this conversation: ZeroDivisionError"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "fails on this conversation: OverflowError"),
+        ("{{ 'x' * 10**18 }}", "fails on this conversation: MemoryError$"),
+        ("{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}", "does not write what the assistant says"),
         (
             "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
             "BOS twice",
@@ -335,6 +339,12 @@ def test_bad_templates_are_one_line(spec, said):
     with pytest.raises(UserError, match=said) as caught:
         load_template(spec, bpe_tokenizer()).encode(messages_of(["q"], ["a"]))
     assert "\n" not in str(caught.value)
+
+
+def test_a_template_file_that_is_not_utf8_is_one_line(tmp_path):
+    (tmp_path / "mine.jinja").write_bytes("é{{ messages[0].content }}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"mine\.jinja is not UTF-8"):
+        load_template(str(tmp_path / "mine.jinja"), bpe_tokenizer())
 
 
 def test_missing_pieces_are_named():

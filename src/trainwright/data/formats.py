@@ -259,7 +259,7 @@ def _tool_call(call: object, at: int) -> dict[str, Any]:
         raise BadRow(f"turn {at} has a tool call without a function and its name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        arguments = _json(arguments, f"the tool call arguments of turn {at}")
+        arguments = _json(arguments, f"the tool call arguments of turn {at}") if arguments.strip() else {}
     return {"type": "function", **call, "function": {**function, "arguments": arguments or {}}}
 
 

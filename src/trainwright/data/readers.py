@@ -201,7 +201,7 @@ class RowReader:
             if self.columns is not None:
                 batch = batch.select([name for name in batch.schema.names if name in self.columns])
             for begin in range(0, batch.num_rows, BATCH_ROWS):
-                for row in batch.slice(begin, BATCH_ROWS).to_pylist():
+                for row in _rows_of(batch.slice(begin, BATCH_ROWS)):
                     yield Located(at, row)
                     at += 1
 
@@ -216,7 +216,7 @@ class RowReader:
             for batch in reader.iter_batches(BATCH_ROWS, row_groups=[group], columns=wanted):
                 if at < stop and at + batch.num_rows > start:
                     begin = max(0, start - at)
-                    rows = batch.slice(begin, stop - at - begin).to_pylist()
+                    rows = _rows_of(batch.slice(begin, stop - at - begin))
                     yield from (Located(at + begin + more, row) for more, row in enumerate(rows))
                 at += batch.num_rows
 
@@ -293,6 +293,18 @@ def _arrow_batches(path: str) -> Iterator[Any]:
             yield from batches
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is no Arrow file: {error}") from None
+
+
+def _rows_of(batch: Any) -> list[dict[str, Any]]:
+    """A batch as rows, without nulls inside its columns: Arrow gives every object of a column the keys of all others,
+    so arguments of one tool would come with those of the next."""
+    return [{key: _without_nulls(value) for key, value in row.items()} for row in batch.to_pylist()]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parquet(path: str) -> Any:

@@ -95,7 +95,7 @@ class ShardWriter:
         self._bits.write(np.packbits(self._pending).data)
         self._bits.close()
         if self._all_trained:
-            Path(f"{self.prefix}.trained").unlink()
+            Path(f"{self.prefix}.trained").unlink(missing_ok=True)
         np.concatenate([np.zeros(0, DOCUMENT), *self._records]).tofile(f"{self.prefix}.docs")
         if self._stops:
             np.array(self._stops, STOP).tofile(f"{self.prefix}.stops")

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 from trainwright.data.template_jinja import Message, variables_of
 from trainwright.data.template_turns import Rendering, Turn, TurnFinder
 from trainwright.data.tokenizer import Tokenizer
+from trainwright.data.tokenizer_config import read_text
 from trainwright.errors import UserError
 
 LossOn = Literal["assistant", "all", "last"]
@@ -190,7 +191,7 @@ def load_template(spec: str | None, tokenizer: Tokenizer) -> Template:
         return Template(spec, tokenizer)
     path = Path(os.path.expanduser(spec))
     if path.suffix == ".jinja" and path.is_file():
-        return Template(path.read_text(encoding="utf-8"), tokenizer, name=path.name)
+        return Template(read_text(path), tokenizer, name=path.name)
     near = difflib.get_close_matches(name, [*shipped_templates(), *ALIASES], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"unknown chat template {spec!r}: {hint}there are {', '.join(shipped_templates())}")

@@ -121,8 +121,9 @@ def render(
         )
     except jinja2.TemplateError as error:
         raise UserError(f"chat template: {error.message or type(error).__name__}") from None
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RecursionError) as error:
-        raise UserError(f"chat template fails on this conversation: {type(error).__name__}: {error}") from None
+    except Exception as error:  # a template is a program of the user's: it may divide by zero or fill the memory
+        said = f"chat template fails on this conversation: {type(error).__name__}: {error}"
+        raise UserError(said.removesuffix(": ")) from None
 
 
 def _as_templates_read(message: Message) -> dict[str, Any]:

@@ -117,6 +117,8 @@ class TurnFinder:
         Raises:
             UserError: an answer cannot be told from what is around it.
         """
+        if not self._writes_answers:
+            raise UserError("chat template does not write what the assistant says: use another data.template")
         spoken = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
         places = [at for at in spoken if messages[at].get("weight") != 0]
         if last_only:
@@ -280,7 +282,9 @@ class TurnFinder:
             tools = [_TOOL]
         asked, prompt = self._text([_USER], tools), self._text([_USER], tools, add_generation_prompt=True)
         header = prompt[len(asked) :] if prompt.startswith(asked) else ""
-        last = self._specials_after_answer(self._text([_USER, _ANSWER], tools))
+        answered = self._text([_USER, _ANSWER], tools)
+        self._writes_answers = _ANSWER["content"] in answered
+        last = self._specials_after_answer(answered)
         inner = self._specials_after_answer(self._text([_USER, _ANSWER, _USER], tools))
         shared = [one for one, other in zip(last, inner, strict=False) if one == other]
         # Several may follow (a mark for the answer's end, then the turn's): the one that servers stop at counts.
