@@ -128,10 +128,14 @@ class MaskConfig:
     kind: Literal["causal", "prefix"] = "causal"
     window: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window of {self.window} keys: a token sees itself, so 1 is the least")
+
 
 def even_head_dim(hidden_size: int, num_heads: int) -> int:
     """hidden_size / num_heads; a ValueError where that is not whole."""
-    if hidden_size % num_heads:
+    if num_heads < 1 or hidden_size % num_heads:
         raise ValueError(f"hidden_size {hidden_size} is no multiple of {num_heads} attention heads")
     return hidden_size // num_heads
 
@@ -154,6 +158,14 @@ class AttentionConfig:
     mask: MaskConfig = MaskConfig()
     logn_length: int | None = None
     """Qwen 1 in evaluation: queries at p >= logn_length are multiplied by log(p + 1) / log(logn_length)."""
+
+    def __post_init__(self) -> None:
+        if self.logn_length is not None and self.logn_length < 2:
+            raise ValueError(f"log-n from a length of {self.logn_length}: 2 is the least")
+        if self.rope is not None and self.rope.channels * self.rope.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"{self.rope.channels * self.rope.rotary_dim} rotated dimensions in heads of {self.head_dim}"
+            )
 
     @classmethod
     def of(

@@ -72,8 +72,8 @@ class RopeConfig:
     float16_frequencies: bool = False
 
     def __post_init__(self) -> None:
-        if self.rotary_dim % 2:
-            raise ValueError(f"rotary positions turn pairs, {self.rotary_dim} dimensions are odd")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(f"rotary positions turn pairs, which {self.rotary_dim} dimensions are not")
 
     @property
     def dynamic(self) -> bool:

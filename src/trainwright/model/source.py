@@ -5,9 +5,12 @@ Owns the order of these; reading keys is the family's work, folders are folder.p
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from trainwright.errors import UserError
 from trainwright.model import families, folder, named
@@ -34,10 +37,11 @@ def load_config(
     name = family or told or _whose(keys)
     try:
         config = families.get(name).from_hf(keys)
+        _check_kinds(config)
         _check_sizes(config)
     except KeyError as error:
         raise UserError(f"config.json has no {error}, which the family {name} needs") from error
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError, MemoryError) as error:
         raise UserError(f"config.json cannot be read as one of the family {name}: {error}") from error
     return config
 
@@ -49,13 +53,37 @@ def _whose(keys: Keys) -> str:
         raise UserError(f"config.json has no {error}, which tells the family: say model.family=NAME") from error
 
 
+def _check_kinds(node: object) -> None:
+    """Raises ValueError for a number that is none, or not a whole one: JSON says anything. Flags are only asked."""
+    for name, kinds in _fields(type(node)).items():  # type: ignore[arg-type]
+        value = getattr(node, name)
+        if dataclasses.is_dataclass(value):
+            _check_kinds(value)
+        elif isinstance(value, tuple):
+            for child in {id(child): child for child in value if dataclasses.is_dataclass(child)}.values():
+                _check_kinds(child)
+        elif (value is None and type(None) in kinds) or bool in kinds:
+            continue
+        elif int in kinds and type(value) is not int:
+            raise ValueError(f"{name} is {value!r}, not a whole number")
+        elif float in kinds and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}, not a number")
+
+
+@cache
+def _fields(part: type) -> dict[str, tuple[Any, ...]]:
+    """Each field of a part of the tree and the types that it may have."""
+    hints = get_type_hints(part)
+    return {item.name: get_args(hints[item.name]) or (hints[item.name],) for item in dataclasses.fields(part)}
+
+
 def _check_sizes(config: ModelConfig) -> None:
-    """Raises ValueError for sizes that no tensor can have: JSON has one kind of number, tensors want whole ones."""
+    """Raises ValueError for sizes that no tensor can have, and for a model of no layers or no positions."""
     for name, shape in parameter_shapes(config).items():
-        if not all(type(size) is int and size > 0 for size in shape):
-            raise ValueError(f"{name} would be {list(shape)}, sizes are whole numbers above 0")
-    if not config.layers:
-        raise ValueError("it has no layers")
+        if min(shape) < 1:
+            raise ValueError(f"{name} would be {list(shape)}, sizes are above 0")
+    if not config.layers or config.max_position_embeddings < 1:
+        raise ValueError(f"it has {config.num_layers} layers and {config.max_position_embeddings} positions")
 
 
 def _find(source: str | Path | Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
