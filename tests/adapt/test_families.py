@@ -25,3 +25,18 @@ def test_every_linear_layer_has_an_adapter_that_learns(family, quantize):
             assert parameter.grad.norm() > 0, name
         else:
             assert parameter.grad is None, name
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "leaves"),
+    [
+        ("gpt2", ["c_attn"], {"q_proj", "k_proj", "v_proj"}),  # a published name
+        ("llama", "layers.1.*", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("mixtral", "all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("mixtral", ["self_attn.q_proj", "layers.?.mlp.experts.up_proj"], {"q_proj", "up_proj"}),
+    ],
+)
+def test_targets(family, targets, leaves):
+    paths = adapters_of(golden_model(family, adapter(targets=targets))).keys()
+    assert {path.rpartition(".")[2] for path in paths} == leaves
+    assert all(path.startswith("layers.1.") for path in paths) == (targets == "layers.1.*")

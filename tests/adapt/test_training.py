@@ -9,13 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.adapt.models import golden_model
 from tests.train.small import CONFIG, small_recipe
 from trainwright.adapt.merge import merge_adapter
 from trainwright.adapt.peft import adapters_of
 from trainwright.errors import UserError
 from trainwright.model.checkpoint import load_model, save_model
 from trainwright.recipe.load import load_recipe
+from trainwright.recipe.model import AdapterRecipe
 from trainwright.recipe.show import to_yaml
+from trainwright.train.build import move_buffers
 from trainwright.train.metrics import read_lines
 from trainwright.train.trainer import Trainer, train
 
@@ -76,6 +79,25 @@ def test_fewer_bits_cost_less_than_a_hundredth_of_the_loss(tmp_path, base):
     for quantize, loss in after.items():
         assert loss == pytest.approx(after["null"], rel=0.01), quantize
     assert len(set(after.values())) == 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion", "adafactor", "muon"])
+def test_adapters_and_their_states_are_float32_beside_a_base_in_16_bits(tmp_path, base, optimizer):
+    words = ("quantize=nf4", "train.precision=bf16", f"train.optimizer={optimizer}", "train.steps=3")
+    trainer = Trainer(recipe(tmp_path, base, *words))
+    before = {path: module.lora_a.detach().clone() for path, module in adapters_of(trainer.model).items()}
+    trainer.run()
+    trainer.close()
+    types = {name: tensor.dtype for name, tensor in trainer.model.named_parameters()}
+    assert types["norm.weight"] == types["embed_tokens.weight"] == torch.bfloat16
+    for path, module in adapters_of(trainer.model).items():
+        assert types[f"{path}.lora_a"] == types[f"{path}.lora_b"] == torch.float32
+        assert module.lora_b.abs().max() > 0
+        assert not torch.equal(module.lora_a, before[path])
+    states = {n: t for n, t in trainer.optimizers.state_tensors().items() if t.numel() > 1}
+    assert all("lora_" in name for name in states)
+    if optimizer != "adamw8bit":
+        assert {tensor.dtype for tensor in states.values()} == {torch.float32}
 
 
 KILLED = """
@@ -165,6 +187,14 @@ def test_tables_that_are_one_cannot_be_in_fewer_bits(tmp_path, base):
 def test_fewer_bits_need_an_adapter(base):
     with pytest.raises(UserError, match="add an adapter"):
         load_recipe({"model": {"path": str(base)}, "data": {"path": "x"}, "train": {"steps": 1}, "quantize": "nf4"})
+
+
+def test_buffers_are_where_they_are_used_though_weights_wait_in_host_memory():
+    model = golden_model("llama", AdapterRecipe(rank=4), quantize="nf4")
+    move_buffers(model, torch.device("meta"))
+    nested = {name: buffer.device.type for name, buffer in model.named_buffers() if "nested" in name}
+    assert set(nested.values()) == {"meta"}
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
 def test_full_fine_tuning_with_frozen_parts(tmp_path, base):
