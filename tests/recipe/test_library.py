@@ -13,7 +13,7 @@ from trainwright.planner.hardware import Cluster, card_named
 from trainwright.planner.plan import plan
 from trainwright.recipe.load import LIBRARY, library_names, load_recipe
 
-CARDS = {8: "A100-40", 10: "A100-40", 12: "A100-40", 24: "RTX 3090", 40: "A100-40", 64: "BI-V150", 80: "A100-80"}
+CARDS = {8: "A100-40", 10: "A100-40", 12: "A100-40", 24: "RTX 3090", 32: "BI-V150", 40: "A100-40", 80: "A100-80"}
 ON_A_CPU = {"quickstart", "smollm2_135m/sft"}
 SCHOOL = [
     ("小明有3个苹果，又买了4个，一共几个？", "3+4=7，一共7个。"),

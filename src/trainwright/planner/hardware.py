@@ -6,7 +6,8 @@ Owns the table of cards (peaks, memory, bandwidth, links) that MFU divides by an
 Sources: the maker's datasheet of each card. A100: nvidia-a100-datasheet-us-2188504. H100/H200: the H100 and H200 tensor
 core GPU datasheets. RTX 3090/4090: the GA102 and Ada whitepapers (tensor peaks with float32 accumulation). V100, T4,
 A10, A30, A40, L4, L40, L40S, A6000, B200: their datasheets. MI250X, MI300X, MI325X: AMD's data sheets. BI-V100 and
-BI-V150: Iluvatar's product pages and press (64 GB HBM2e, 64 GB/s between cards); bandwidth and peak are the press's.
+BI-V150: Iluvatar's product pages and press (BI-V150: two dies a board, 64 GB HBM2e, 64 GB/s between cards, 192 TFLOPS);
+bandwidth and peak are the press's.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ CARDS = (
     Card("MI300X", ("mi300x",), 1307.4, 1307.4, 2614.9, 163.4, 191.7, 5300, 448, host_link=50),
     # torch sees each of the two dies as one device
     Card("MI250X", ("mi250x",), 191.5, 191.5, None, 23.9, 63.9, 1638, 100),
-    # Iluvatar prints no datasheet; 192 is the figure of the press and of FlagPerf's readers.
-    Card("BI-V150", ("bi-v150",), 192, 192, None, 37, 64.0, 1600, 32, switched=False),
+    # The same here: a machine of 8 boards shows 16 devices of 32,768 MiB each (ixsmi). Half of a board's press figures.
+    Card("BI-V150", ("bi-v150",), 96, 96, None, 18.5, 32.0, 800, 32, switched=False),
     Card("BI-V100", ("bi-v100",), 147, 147, None, 37, 32.0, 1200, 32, switched=False),
 )
 
