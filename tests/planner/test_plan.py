@@ -129,6 +129,17 @@ def test_no_micro_batch_is_faster_than_a_smaller_one(words):
     assert steps == sorted(steps)
 
 
+def test_gradients_are_added_up_once_less_than_there_are_micro_batches():
+    def added(accumulation, *overrides):
+        words = [f"train.gradient_accumulation_steps={accumulation}", "train.global_batch_size=null", *overrides]
+        parts = plan(recipe("data.seq_len=4096", *words), cluster_of("H200", 8)).speed.parts
+        return parts.get("gradients added up", 0.0)
+
+    assert added(1) == 0.0
+    assert added(4) == pytest.approx(3 * added(2))
+    assert added(4, "parallel.zero=1") == pytest.approx(8 * added(4), rel=0.01)  # whole ones, not shards
+
+
 def test_frozen_weights_in_host_memory_travel_too():
     def step(*overrides):
         words = ["adapter.rank=8", "data.seq_len=512", "train.global_batch_size=1", *overrides]

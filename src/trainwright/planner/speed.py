@@ -150,12 +150,13 @@ class _StageTime:
         if again:
             parts["recompute"] = again
         parts["activations to host"] = self._host_travel(work, group.layer)
+        trained = group_elements(self.job, group, trained=True)
+        parts["gradients added up"] = self._adding_up(trained)
         short = work.forward + work.backward + again - sum(parts.values())
         if short > 0:
             parts["host"] = short
         inner_forward, inner_backward = self._activations_travel()
         parts["activations' travel"] = inner_forward + inner_backward
-        trained = group_elements(self.job, group, trained=True)
         forward, backward = self._weights_travel(group_bytes(self.job, group), trained)
         shown, slowed = 0.0, 0.0
         for travel, compute in ((forward, work.forward), (backward, work.backward + again)):
@@ -180,6 +181,15 @@ class _StageTime:
         if self.job.recompute == "selective":
             return work.forward_of("norms", "activation") * self.program.recompute
         return 0.0
+
+    def _adding_up(self, trained: int) -> float:
+        """Seconds in which a micro batch's gradients are added to those that wait: both are read, the sum is written.
+        The step's first micro batch finds none."""
+        job, program = self.job, self.program
+        if job.layout.zero >= program.gradients_sharded_from:
+            trained = -(-trained // job.shards)
+        bandwidth = job.cluster.card.bandwidth * GIGA * job.calibration.bandwidth
+        return 3 * trained * program.gradient / bandwidth * (job.accumulation - 1) / job.accumulation
 
     def _weights_travel(self, size: int, trained: int) -> tuple[float, float]:
         """Collectives on one layer's weights (bytes; those in fewer bits travel packed) and gradients (elements),
