@@ -37,6 +37,9 @@ from trainwright.parallel.tiles import apply_tiles
 from trainwright.recipe.parallel import ParallelRecipe
 
 Precision = Literal["bf16", "fp16", "fp32"]
+PROGRAMS = 64
+"""Programs that one layer may be compiled to: what it keeps (three levels), whole or packed rows, training or not. Past
+torch's own limit of 8 it would run as it is written from then on, with a warning among others."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -124,6 +127,8 @@ def parallelize(
 def _recompute_and_compile(layers: list[nn.Module], recipe: ParallelRecipe, in_flight: int, compiled: bool) -> None:
     """What layers keep for their backward pass, and their compilation, which has to see it."""
     memory = recipe.recompute_memory
+    if compiled:
+        torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
     if recipe.mlp_tokens is not None:
         apply_tiles(layers, recipe.mlp_tokens, torch.compile if compiled else None)
         compiled = False  # their parts are
