@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -110,6 +111,7 @@ def work(arguments: argparse.Namespace, names: list[str]) -> None:
         try:
             found = train(recipe_of(arguments, name, int(os.environ.get("WORLD_SIZE", 1))))
         except Exception as error:  # every rank fails alike, or the others wait and the parent ends them
+            traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
         found["seconds"] = time.perf_counter() - began
         if int(os.environ.get("RANK", 0)) == 0:
@@ -123,15 +125,16 @@ def train(recipe: Any) -> dict[str, Any]:
     """Losses, median speed after the first fifth, peak memory of the fullest rank."""
     from trainwright.device import peak_memory_gib
     from trainwright.train.metrics import read_lines
-    from trainwright.train.trainer import Trainer
+    from trainwright.train.trainer import Trainer, quiet_garbage
 
     if torch.accelerator.is_available():
         torch.get_device_module(torch.accelerator.current_accelerator()).reset_peak_memory_stats()
     trainer = Trainer(recipe, force=True)
     trainer.clock = time.perf_counter()
     try:
-        while trainer.step < trainer.total_steps:
-            trainer._one_step(list(islice(trainer.loader, trainer.loader.accumulation)), False)
+        with quiet_garbage():
+            while trainer.step < trainer.total_steps:
+                trainer._one_step(list(islice(trainer.loader, trainer.loader.accumulation)), False)
         peaks = trainer.world.gather(peak_memory_gib(trainer.world.device)[0])
     finally:
         trainer.close()
@@ -167,14 +170,25 @@ def start(arguments: argparse.Namespace, names: list[str], gpus: int, devices: s
     )  # fmt: skip
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Asks first: torchrun's ranks are sessions of their own, and would stay on the GPUs if it alone were killed. It
+    gives them 30 seconds."""
+    for number, seconds in ((signal.SIGTERM, 40.0), (signal.SIGKILL, None)):
+        os.killpg(process.pid, number)
+        try:
+            process.wait(seconds)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
 def finish(arguments: argparse.Namespace, process: subprocess.Popen[bytes], names: list[str]) -> None:
     """Waits for the runs. One that takes too long is given up, with its processes."""
     while process.poll() is None:
         waits = missing(arguments, names)
         done = [result_of(arguments, name).stat().st_mtime for name in names if name not in waits]
         if waits and time.time() - max([*done, arguments.began]) > arguments.limit:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
             result_of(arguments, waits[0]).write_text(json.dumps({"error": f"not done in {arguments.limit} s"}))
         time.sleep(0.5)
 

@@ -223,7 +223,7 @@ class Trainer:
     def _fit(self, stop: StopRequest) -> bool:
         """Steps until the run's end; False when a signal ended it, and then the last step is saved."""
         self.startup.done("first answers")
-        with _quiet_garbage():
+        with quiet_garbage():
             self.clock = time.perf_counter()
             while self.step < self.total_steps:
                 batches = list(islice(self.loader, self.loader.accumulation))
@@ -413,7 +413,7 @@ class Trainer:
 
 
 @contextmanager
-def _quiet_garbage() -> Iterator[None]:
+def quiet_garbage() -> Iterator[None]:
     """Python's collector off, and what lives by now out of its sight."""
     gc.collect()
     gc.freeze()
