@@ -53,3 +53,18 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
         printed("quickstart", "parallel.tp=3", "--slurm")
     with pytest.raises(UserError, match="--slurm or --k8s"):
         printed("quickstart")
+
+
+def test_what_the_run_would_refuse_is_refused_before_the_queue() -> None:
+    """Heads, experts, the order of micro batches: the run would say so hours later."""
+    with pytest.raises(UserError, match=r"parallel.ep=2: this model has no experts"):
+        printed("quickstart", "parallel.ep=2", "--slurm")
+    with pytest.raises(UserError, match=r"parallel.tp=16 does not divide \d+ attention heads: use parallel.tp=\d"):
+        printed("quickstart", "parallel.tp=16", "--k8s")
+    with pytest.raises(UserError, match="cannot order 5 micro batches over pp=2 ranks: use 4"):
+        words = ["parallel.pp=2", "parallel.pp_schedule=interleaved", "train.gradient_accumulation_steps=5"]
+        printed("quickstart", *words, "--slurm")
+
+
+def test_a_model_that_lies_elsewhere_is_no_reason_to_refuse() -> None:
+    assert "TP2PP1DP8" in printed("quickstart", "model.path=/on/the/cluster", "parallel.tp=2", "--slurm")

@@ -29,21 +29,37 @@ def launch(
     claim: Annotated[str, typer.Option(help="Kubernetes: the volume claim that all machines share")] = "trainwright",
     mount: Annotated[str, typer.Option(help="Kubernetes: where the claim is seen")] = "/data",
 ) -> None:
-    """Prints what sbatch or kubectl takes; the layout is checked against the number of GPUs first."""
-    from trainwright.parallel.layout import Layout
+    """Prints what sbatch or kubectl takes; the layout is checked against the number of GPUs and the model first."""
     from trainwright.recipe.load import load_recipe
 
     if slurm == k8s:
         raise UserError("say which: --slurm or --k8s")
     asked = load_recipe(recipe, overrides or ())
-    layout = Layout.of(asked.parallel, nodes * gpus)
-    settings = asked.train
-    if isinstance(settings.micro_batch_size, int):
-        layout.accumulation(settings.micro_batch_size, settings.global_batch_size, settings.gradient_accumulation_steps)
+    layout = checked_layout(asked, nodes * gpus)
     if slurm:
-        print(slurm_file(asked, [recipe, *(overrides or ())], str(layout), nodes, gpus, cpus, hours), end="")
+        print(slurm_file(asked, [recipe, *(overrides or ())], layout, nodes, gpus, cpus, hours), end="")
     else:
-        print(manifest(asked, str(layout), nodes, gpus, cpus, image, claim, mount), end="")
+        print(manifest(asked, layout, nodes, gpus, cpus, image, claim, mount), end="")
+
+
+def checked_layout(recipe: Recipe, gpus: int) -> str:
+    """The layout's name. Raises UserError now for what the run would refuse after its wait in the queue."""
+    from trainwright.parallel.layout import Layout, check_model
+    from trainwright.parallel.split import check_micro_batches
+    from trainwright.planner.build import model_config
+
+    layout, settings = Layout.of(recipe.parallel, gpus), recipe.train
+    if isinstance(settings.micro_batch_size, int):
+        count = layout.accumulation(
+            settings.micro_batch_size, settings.global_batch_size, settings.gradient_accumulation_steps
+        )
+        check_micro_batches(recipe.parallel.pp_schedule, layout.pp, count)
+    try:
+        config = model_config(recipe)
+    except UserError:  # the model may lie where the machines of the job are, and not here
+        return str(layout)
+    check_model(layout, config, recipe.data.seq_len, kv_replication=recipe.parallel.kv_replication)
+    return str(layout)
 
 
 def slurm_file(recipe: "Recipe", words: list[str], layout: str, nodes: int, gpus: int, cpus: int, hours: float) -> str:
