@@ -42,7 +42,7 @@ def launch(
         print(manifest(asked, layout, nodes, gpus, cpus, image, claim, mount), end="")
 
 
-def checked_layout(recipe: Recipe, gpus: int) -> str:
+def checked_layout(recipe: "Recipe", gpus: int) -> str:
     """The layout's name. Raises UserError now for what the run would refuse after its wait in the queue."""
     from trainwright.parallel.layout import Layout, check_model
     from trainwright.parallel.split import check_micro_batches
