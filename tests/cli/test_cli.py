@@ -94,8 +94,14 @@ def test_all_verbs_are_found():
         (["train", "quickstart", "--gpus", "x"], "'--gpus'"),
         (["generate", "runs/none"], "'--prompt'"),
         (["recipes", "schema", "no/such/folder/x.json"], "no/such/folder/x.json: No such file or directory"),
+        (["prepare", "quickstart", "data.path=nowhere.jsonl", "data.cache=cache"], "nowhere.jsonl does not exist"),
+        (
+            [*"prepare quickstart --doctor model.overrides.vocab_size=200 data.validation=0 data.cache=cache".split(),
+             "data.path=shipped:arithmetic?rows=9"],
+            "the data hold token id 261, the model's embedding has 200 rows",
+        ),
     ],
-)
+)  # fmt: skip
 def test_mistakes_get_one_line_and_status_2(words, message, tmp_path):
     done = run(*words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr

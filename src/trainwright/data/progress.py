@@ -33,7 +33,8 @@ class Progress:
     def bar(self, what: str, total_bytes: int) -> Iterator[Callable[[float], None]]:
         """Yields a function that is told the bytes done since its last call."""
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Bar(*columns, TimeRemainingColumn(), console=self.console, transient=True) as bar:
+        hidden = not self.console.is_terminal  # in a log, a bar that vanishes would be an empty line
+        with Bar(*columns, TimeRemainingColumn(), console=self.console, transient=True, disable=hidden) as bar:
             task = bar.add_task(what, total=max(1, total_bytes))
             yield lambda done: bar.advance(task, done)
 
