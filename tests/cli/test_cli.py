@@ -96,8 +96,8 @@ def test_all_verbs_are_found():
         (["recipes", "schema", "no/such/folder/x.json"], "no/such/folder/x.json: No such file or directory"),
         (["prepare", "quickstart", "data.path=nowhere.jsonl", "data.cache=cache"], "nowhere.jsonl does not exist"),
         (
-            [*"prepare quickstart --doctor model.overrides.vocab_size=200 data.validation=0 data.cache=cache".split(),
-             "data.path=shipped:arithmetic?rows=9"],
+            ["prepare", "quickstart", "--doctor", "model.overrides.vocab_size=200", "data.validation=0",
+             "data.path=shipped:arithmetic?rows=9", "data.cache=cache"],
             "the data hold token id 261, the model's embedding has 200 rows",
         ),
     ],
