@@ -1,10 +1,12 @@
 """Named models against their published parameter counts (Hugging Face model pages, papers), and how they are found."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
+from trainwright.data.template import shipped_templates
 from trainwright.errors import UserError
 from trainwright.model.checkpoint import load_config
 from trainwright.model.named import find, named_models, of_hub
@@ -137,6 +139,24 @@ def test_a_name_is_found_without_owner_or_capitals() -> None:
 )
 def test_names_as_people_say_them(spoken: str, name: str) -> None:
     assert find(spoken) is find(name)
+
+
+def test_the_models_verb_prints_them_all() -> None:
+    """Name, family, count, context, licence, template of each, one line a model, and as JSON."""
+    done = subprocess.run([sys.executable, "-m", "trainwright", "models"], capture_output=True, text=True, check=True)
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["name", "family", "parameters", "context", "licence", "template"]
+    assert len(lines) == len(named_models())
+    counts = PUBLISHED | {model.name: model.parameters for model in named_models() if model.name in BY_FORMULA}
+    for model, line in zip(named_models(), lines, strict=True):
+        row = f"{model.name} {model.family} {counts[model.name]:,} {model.context:,} {model.licence} {model.template}"
+        assert line.split() == row.split()
+    as_json = subprocess.run([sys.executable, "-m", "trainwright", "models", "--json"], capture_output=True, text=True)
+    assert [row["parameters"] for row in json.loads(as_json.stdout)] == [counts[model.name] for model in named_models()]
+
+
+def test_every_template_is_there() -> None:
+    assert {model.template for model in named_models()} <= set(shipped_templates())
 
 
 def test_an_unknown_name_names_the_nearest() -> None:

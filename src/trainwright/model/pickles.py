@@ -31,6 +31,15 @@ def import_pickles(folder: str | Path, target: str | Path) -> Path:
         raise UserError(f"{target} exists: choose another name, nothing was written")
     shards = _shards(source)
     made = beside(target)
+    try:
+        _convert(source, shards, made)
+        finish(made, target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)  # what a refused file leaves; a finished folder has its name already
+    return target
+
+
+def _convert(source: Path, shards: list[Path], made: Path) -> None:
     index: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, 1):
@@ -45,8 +54,6 @@ def import_pickles(folder: str | Path, target: str | Path) -> Path:
         for file in source.glob(pattern):
             if file.name != _INDEX:
                 shutil.copyfile(file, made / file.name)
-    finish(made, target)
-    return target
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -65,14 +72,20 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except Exception as error:  # the unpickler raises many kinds; each means that the file is not plain weights
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file} holds more than tensors, or is damaged, and was not read: {reason}") from error
+        lines = str(error).split("\n")
+        reason = next((line for line in lines if "Unsupported" in line), lines[0]).split(". ")[0]
+        raise UserError(
+            f"{file} holds more than tensors, or is damaged, and was not read: {reason or type(error).__name__}"
+        ) from error
     for key in ("state_dict", "module", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict):
         raise UserError(f"{file} holds {type(found).__name__}, not weights by name")
-    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{file} holds no tensors: it is not a file of weights")
+    return tensors
 
 
 def _is_zip(file: Path) -> bool:
