@@ -75,7 +75,7 @@ def test_a_randomized_svd_finds_the_largest_values():
 @pytest.mark.parametrize("init", STARTS)
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_what_is_left_is_rounded_with_less_error(init, quantize):
-    """The point of QPiSSA and LoftQ. OLoRA's base keeps its large values: nothing is promised there."""
+    """The point of QPiSSA and LoftQ; here the error is 0.82 to 0.90 of the plain one."""
     plain = adapters_of(load_model_with(quantize, "kaiming"))
     begun = adapters_of(load_model_with(quantize, init))
     whole = adapters_of(load_model_with(None, "kaiming"))
@@ -84,8 +84,7 @@ def test_what_is_left_is_rounded_with_less_error(init, quantize):
         apart = [m.merged_weight(torch.float32) - whole[path].merged_weight(torch.float32) for path, m in found.items()]
         return float(torch.stack([each.norm() for each in apart]).norm())
 
-    limit = 1.5 if init == "olora" else 0.97
-    assert 0 < error(begun) < limit * error(plain)
+    assert 0 < error(begun) < 0.93 * error(plain)
 
 
 def load_model_with(quantize, init):
