@@ -521,7 +521,11 @@ def verb(tmp_path: Path, monkeypatch: Any, capsys: Any) -> Callable[..., tuple[A
 
 
 def test_what_is_wrong_is_said_before_anything_runs(tmp_path, matrix, verb):
+    (tmp_path / "unknown.yaml").write_text("title: t\nrecipe: quickstart\npublished: '009'\n")
+    (tmp_path / "itself.yaml").write_text("title: t\nrecipe: quickstart\nrows: [{name: a, align_with: a}]\n")
     for words, said in (
+        (("unknown.yaml", "--dry-run"), "no published document 009"),
+        (("itself.yaml", "--dry-run"), "a: align_with is the row itself"),
         ((), "which matrix?"),
         (("no_such",), "no matrix no_such"),
         ((str(matrix), "train.sed=1"), "first: quickstart: train.sed is not a key: did you mean seed?"),

@@ -90,6 +90,7 @@ def test_a_row_overrides_the_matrix():
         ({"recipe": "q", "axes": {"train.seed": [1, 2]}, "exclude": [{"train.seed": 3}]}, "meets no cell"),
         ({"recipe": "q", "axes": {"train.seed": [1]}, "exclude": [{"train.seed": 1}]}, "no cell is left"),
         ({"recipe": "q", "axes": {"gpus": ["two"]}}, "gpus='two'"),
+        ({"recipe": "q", "axes": {"gpus": [1, 0]}}, "gpus=0: input should be greater than or equal to 1"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, values, words):

@@ -78,6 +78,8 @@ def cells_of(matrix: Matrix, **change: Any) -> list[Cell]:
         other = cell.setting.align_with
         if other is not None and other not in names and not Path(other).exists():
             raise UserError(f"{cell.name}: align_with={other!r} is no row of this matrix and no run's folder")
+        if other == cell.name:
+            raise UserError(f"{cell.name}: align_with is the row itself: name the row that its losses must follow")
     return cells
 
 

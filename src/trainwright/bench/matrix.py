@@ -88,7 +88,7 @@ class Setting(Section):
 
     name: str
     recipe: RecipeSource
-    gpus: int
+    gpus: int = Field(ge=1)
     set: dict[str, Any]
     warmup_steps: int
     measured_steps: int

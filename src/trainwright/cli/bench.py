@@ -135,13 +135,15 @@ def _beside(
     asked: "Matrix", cells: "list[Cell]", compare: str | None
 ) -> "Callable[[Cell, dict[str, Any]], dict[str, Any] | None]":
     """Finds what stands beside each cell; raises UserError now for what is not there."""
-    from trainwright.bench.compare import against, of_published, published_row, read_earlier
+    from trainwright.bench.compare import against, document, of_published, published_row, read_earlier
     from trainwright.planner.build import model_config
 
     if compare is not None and Path(compare).exists():
         found = read_earlier(Path(compare))
     else:
         name = compare or asked.published
+        if name is not None:
+            document(name)
         rows = {cell.name: cell.setting.published or (cell.name if compare else None) for cell in cells}
         found = {cell: of_published(published_row(name, row)) for cell, row in rows.items() if name is not None and row}
 
