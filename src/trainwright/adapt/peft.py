@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainwright.adapt import files
@@ -28,6 +26,7 @@ from trainwright.adapt.linear import LoraExperts, LoraLinear
 from trainwright.adapt.lora import Lora
 from trainwright.adapt.published import Group, linear_groups, shortest_targets
 from trainwright.errors import UserError
+from trainwright.model import store
 from trainwright.model.checkpoint import clean_name
 from trainwright.model.config import LinearConfig, ModelConfig, linears, map_linears
 from trainwright.model.families.family import Weight
@@ -191,15 +190,10 @@ def _number(value: float) -> float | int:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any], parts: dict[str, list[int]]) -> None:
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file(tensors, beside / files.WEIGHTS, metadata={"format": "pt", files.PARTS: json.dumps(parts)})
-    (beside / files.CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in (files.WEIGHTS, files.CONFIG):
-        (beside / file).replace(folder / file)
-    beside.rmdir()
+    with store.beside(folder) as made:
+        store.write_tensors(made / files.WEIGHTS, tensors, **{files.PARTS: json.dumps(parts)})
+        store.write_json(made / files.CONFIG, settings)
+        store.finish(made, folder)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 """`trainwright convert`: models in and out of other formats."""
 
+import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainwright.cli.options import refuse_existing, torch_dtype
+
+if TYPE_CHECKING:
+    from trainwright.data.tokenizer import Tokenizer
 
 app = typer.Typer(help="Models in and out of other formats.", no_args_is_help=True)
 
@@ -37,14 +41,19 @@ def export(
     dtype: Dtype = "bfloat16",
 ) -> None:
     """Writes a model as Hugging Face safetensors in another dtype."""
+    from trainwright.chat import find_adapter
     from trainwright.data.tokenizer import load_tokenizer
+    from trainwright.errors import UserError
     from trainwright.model.checkpoint import load_model, save_model
+    from trainwright.model.folder import resolve
 
     refuse_existing(target)
-    source = folder / "model" if (folder / "model").is_dir() else folder
-    model = load_model(source, dtype=torch_dtype(dtype))
+    if find_adapter(folder) is not None:
+        raise UserError(f"{folder} holds an adapter: `trainwright convert merge {folder} {target}` makes a model of it")
+    source = folder / "model" if (folder / "model").is_dir() else resolve(folder)
+    model, tokenizer = load_model(source, dtype=torch_dtype(dtype)), load_tokenizer(source)
     save_model(model, target)
-    load_tokenizer(str(source)).save(target)
+    _save_beside(tokenizer, source, target)
     print(f"wrote {target}")
 
 
@@ -66,12 +75,21 @@ def merge(
     refuse_existing(target)
     source = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
     folder = find_base(source, base)
+    trained = (source / "tokenizer_config.json").is_file()  # with the template that the run was trained with
+    told = source if trained else folder
+    tokenizer = load_tokenizer(told)
     result = merge_adapter(
         source, target, base=str(folder), dtype=torch_dtype(dtype) if dtype else None, family=family, verify=verify
     )
-    trained = (source / "tokenizer_config.json").is_file()  # with the template that the run was trained with
-    load_tokenizer(str(source if trained else folder)).save(target)
+    _save_beside(tokenizer, told, target)
     print(f"wrote {target}")
     if result is not None:
         print(result)
         raise typer.Exit(0 if result.holds else 1)
+
+
+def _save_beside(tokenizer: "Tokenizer", source: Path, target: Path) -> None:
+    """What stands beside the weights: the tokenizer with its template, and the tokens that end an answer."""
+    tokenizer.save(target)
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")

@@ -151,8 +151,9 @@ def import_(
 
 def _write(file: Path, text: str, to: TextIO | None = None) -> None:
     """A recipe file, and what to do with it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    from trainwright.store import write_text
+
+    write_text(file, text)
     print(f"wrote {file}; train it with: trainwright train {file}", file=to)
 
 

@@ -215,10 +215,10 @@ def write_weights(
         for _ in _published(family, config, whole, dtype):
             pass
         return
-    made = store.beside(Path(path))
-    saved = store.write_shards(_published(family, config, whole, dtype), made, int(shard_gib * 2**30))
-    store.write_json(made / "config.json", {**spelled_config(config), **_dtype_key(config, saved)})
-    store.finish(made, Path(path))
+    with store.beside(Path(path)) as made:
+        saved = store.write_shards(_published(family, config, whole, dtype), made, int(shard_gib * 2**30))
+        store.write_json(made / "config.json", {**spelled_config(config), **_dtype_key(config, saved)})
+        store.finish(made, Path(path))
 
 
 def _dtype_key(config: ModelConfig, saved: str) -> dict[str, str]:

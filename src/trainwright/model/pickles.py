@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainwright.errors import UserError
 from trainwright.model.folder import INDEX, SINGLE, read_index
-from trainwright.model.store import beside, finish, write_index
+from trainwright.model.store import beside, finish, write_index, write_tensors
 
 _INDEX = "pytorch_model.bin.index.json"
 _KEPT = ("*.json", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "LICENSE*", "README.md")
@@ -30,30 +30,23 @@ def import_pickles(folder: str | Path, target: str | Path) -> Path:
     if target.exists():
         raise UserError(f"{target} exists: choose another name, nothing was written")
     shards = _shards(source)
-    made = beside(target)
-    try:
-        _convert(source, shards, made)
-        finish(made, target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)  # what a refused file leaves; a finished folder has its name already
-    return target
-
-
-def _convert(source: Path, shards: list[Path], made: Path) -> None:
     index: dict[str, str] = {}
     total = 0
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = read_pickle(shard)
-        _write(tensors, made / name)
-        index |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1:
-        write_index(made / INDEX, index, total)
-    for pattern in _KEPT:
-        for file in source.glob(pattern):
-            if file.name != _INDEX:
-                shutil.copyfile(file, made / file.name)
+    with beside(target) as made:
+        for number, shard in enumerate(shards, 1):
+            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = read_pickle(shard)
+            _write(tensors, made / name)
+            index |= dict.fromkeys(tensors, name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+        if len(shards) > 1:
+            write_index(made / INDEX, index, total)
+        for pattern in _KEPT:
+            for file in source.glob(pattern):
+                if file.name != _INDEX:
+                    shutil.copyfile(file, made / file.name)
+        finish(made, target)
+    return target
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -95,12 +88,10 @@ def _is_zip(file: Path) -> bool:
 
 def _write(tensors: dict[str, Tensor], file: Path) -> None:
     """Tensors that share memory (tied weights) are written each for itself, as safetensors asks."""
-    from safetensors.torch import save_file
-
     seen: set[int] = set()
     own = {}
     for name, tensor in tensors.items():
         start = tensor.untyped_storage().data_ptr()
         own[name] = tensor.clone() if start in seen or not tensor.is_contiguous() else tensor
         seen.add(start)
-    save_file({name: tensor.contiguous() for name, tensor in own.items()}, str(file), metadata={"format": "pt"})
+    write_tensors(file, {name: tensor.contiguous() for name, tensor in own.items()})

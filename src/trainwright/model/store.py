@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from trainwright.errors import UserError
 from trainwright.model.folder import INDEX, SINGLE
 
 
-def beside(target: Path) -> Path:
-    """A new empty folder next to the target, for the files to be."""
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A new empty folder next to the target, for the files to be; gone again where they do not come to be."""
     made = target.with_name(f".{target.name}.partial")
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
-    return made
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> str:
@@ -28,9 +33,6 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int
 
     Holds one file's tensors at a time. File names say how many there are, so they are given last.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     shards: list[tuple[Path, list[str]]] = []
     batch: dict[str, Tensor] = {}
     size = total = 0
@@ -39,10 +41,7 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int
     def flush() -> None:
         nonlocal batch, size
         file = folder / f"{len(shards)}.part"
-        try:
-            save_file(batch, str(file), metadata={"format": "pt"})
-        except SafetensorError as error:  # what a full disk is here
-            raise UserError(f"{folder.parent}: the model could not be written: {error}") from None
+        write_tensors(file, batch)
         shards.append((file, list(batch)))
         batch, size = {}, 0
 
@@ -65,6 +64,17 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int
     return dtype
 
 
+def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """One safetensors file. Raises UserError where the disk does not take it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, str(file), metadata={"format": "pt", **metadata})
+    except SafetensorError as error:  # what a full disk is here
+        raise UserError(f"{file.parent.parent}: the weights could not be written: {error}") from None
+
+
 def write_index(file: Path, index: Mapping[str, str], total: int) -> None:
     write_json(file, {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))})
 
@@ -82,7 +92,7 @@ def finish(made: Path, target: Path) -> None:
         made.rename(target)
     else:
         names = {file.name for file in made.iterdir()}
-        for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
+        for file in sorted(made.iterdir(), key=lambda file: (file.suffix == ".json", file.name == "config.json")):
             os.replace(file, target / file.name)
         for old in [*target.glob("model*.safetensors"), target / INDEX]:
             if old.name not in names:
