@@ -179,6 +179,14 @@ def test_context_and_options_have_limits(tiny):
         plain.prompt([{"role": "user", "content": "hi"}])
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": float("nan")}, {"seed": 2**70}]
+)
+def test_sampling_takes_numbers_only(wrong):
+    with pytest.raises(UserError, match="use "):
+        Sampling(**wrong)
+
+
 def test_stop_ids_come_from_every_place(tiny):
     speaker = Speaker(load_model(tiny), load_tokenizer("byte"), load_template("chatml", load_tokenizer("byte")))
     tokenizer = speaker.tokenizer

@@ -6,6 +6,7 @@ options are in `cli/chat.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,11 +42,13 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: at least 1")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(
                 f"temperature={self.temperature} top_k={self.top_k} top_p={self.top_p}: "
                 "use temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
             )
+        if not 0 <= self.seed < 2**62:
+            raise UserError(f"seed={self.seed}: use 0 <= seed < 2^62")
 
 
 def find_adapter(path: str | Path) -> Path | None:

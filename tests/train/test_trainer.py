@@ -399,6 +399,33 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, overrides, message):
     assert not (folder / "metrics.jsonl").exists()
 
 
+def test_an_output_that_cannot_be_written_is_said_before_the_data_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    recipe = small_recipe(tmp_path, f"output={tmp_path / 'file' / 'runs'}", "data.path=nothere.jsonl")
+    with pytest.raises(UserError, match=r"nothing can be written in .*file: set output"):
+        train(recipe)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # what another user's folder says
+    with pytest.raises(UserError, match=r"nothing can be written in .*: set output"):
+        train(small_recipe(tmp_path, "data.path=nothere.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("hidden_size=-32", "which -8 dimensions are not"),
+        ("hidden_size=1e9", "1000000000.0, not a whole number"),
+        ("num_key_value_heads=3", "4 attention heads are no multiple of 3 key-value heads"),
+        ("num_hidden_layers=0", "it has 0 layers"),
+        ("rms_norm_eps=small", "eps is 'small', not a number"),
+    ],
+)
+def test_a_config_that_no_model_has_is_refused_in_one_line(tmp_path, key, words):
+    with pytest.raises(UserError, match=r"config\.json cannot be read as one of the family llama") as caught:
+        train(small_recipe(tmp_path, f"model.config.{key}"))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_folder_of_something_else_is_not_taken(tmp_path):
     (tmp_path / "runs" / "small").mkdir(parents=True)
     (tmp_path / "runs" / "small" / "thesis.tex").write_text("years of work")

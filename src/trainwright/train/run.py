@@ -6,6 +6,7 @@ Owns its names, what may be written over, recipe.yaml and environment.json. The 
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -95,6 +96,9 @@ def check_folder(recipe: Recipe, resume: bool) -> RunFolder:
     folder = RunFolder(Path(recipe.output) / recipe.name)
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path} is a file: choose another name or output")
+    above = next(path for path in (folder.path, *folder.path.parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{folder.path}: nothing can be written in {above}: set output to a folder of yours")
     if not folder.path.is_dir():
         return folder
     saved = list_checkpoints(folder.checkpoints)
