@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from trainwright.data import arrange, pool, tokenized
-from trainwright.data.command import prepare_command
+from trainwright.data.command import prepare_command, recipe_tokenizer
 from trainwright.data.prepare import Prepared, prepare
 from trainwright.data.rows import RowSet
 from trainwright.data.tokenizer import Tokenizer, load_tokenizer
@@ -595,6 +595,15 @@ def test_plain_text_files(tmp_path: Path, make: Callable[..., Recipe], tokenizer
 
 
 # ---- the command ----
+
+
+def test_the_tokenizer_of_random_weights_is_that_of_their_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path / "shape")
+    values = {"model": {"config": str(tmp_path / "shape")}, "data": {"path": "a"}, "train": {"steps": 1}}
+    assert recipe_tokenizer(Recipe.model_validate(values)).fingerprint == tokenizer.fingerprint
+    values["model"] = {"config": "llama-7b"}
+    with pytest.raises(UserError, match=r"set model\.tokenizer"):
+        recipe_tokenizer(Recipe.model_validate(values))
 
 
 def test_the_command_shows_samples_with_what_is_trained(

@@ -548,6 +548,23 @@ def test_the_losses_are_those_of_transformers(tmp_path):
     assert norms == pytest.approx(their_norms, rel=1e-3)
 
 
+def test_deterministic_runs_use_deterministic_kernels_only_and_repeat(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen = []
+    monkeypatch.setattr(Trainer, "_greet", lambda self: seen.append(torch.are_deterministic_algorithms_enabled()))
+    weights = []
+    try:
+        for number in (1, 2):
+            result = train(small_recipe(tmp_path, f"name=run-{number}", "train.steps=3", "train.deterministic=true"))
+            weights.append((result.model / "model.safetensors").read_bytes())
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        train(small_recipe(tmp_path, "name=plain", "train.steps=1"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [True, True, False]
+    assert weights[0] == weights[1]
+
+
 def test_callable_from_python(tmp_path):
     import trainwright
 
