@@ -173,6 +173,7 @@ def test_templates_of_every_place(tmp_path):
         ("tokenizer_config.json", "{", "broken JSON"),
         ("tokenizer_config.json", "[]", "expected a JSON object"),
         ("generation_config.json", "\xff", "not UTF-8"),
+        ("generation_config.json", '{"eos_token_id": "</s>"}', "neither an id nor a list of ids"),
     ],
 )
 def test_broken_files_are_one_line(tmp_path, name, text, said):

@@ -35,8 +35,12 @@ def stop_ids(folder: Path) -> list[int]:
     """The ids that generation_config.json, or else config.json, ends at."""
     for name in ("generation_config.json", "config.json"):
         found = read_json(folder / name).get("eos_token_id")
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(isinstance(each, int) for each in ids):
+            raise UserError(f"{folder / name}: eos_token_id={found!r} is neither an id nor a list of ids: correct it")
+        return ids
     return []
 
 

@@ -121,7 +121,7 @@ def _header(file: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         found = {name: Stored(file, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{file} has a header that is not safetensors': download or copy it again") from error
     if end != size:
         raise UserError(f"{file} is cut off: {size} bytes of {end}: download or copy it again")
