@@ -40,6 +40,15 @@ def tiny(tmp_path_factory):
     return folder
 
 
+def test_a_tokenizer_that_the_model_is_too_small_for(tmp_path, monkeypatch):
+    """Of any kind: load_model itself reads the ids of a tokenizer.json only, which it does not here."""
+    monkeypatch.setattr("trainwright.model.folder.check_tokenizer", lambda *_: None)
+    save_model(Transformer(load_config(SHAPE | {"vocab_size": 200})).init_weights(), tmp_path / "model")
+    load_tokenizer("byte").save(tmp_path / "model")
+    with pytest.raises(UserError, match=r"ids up to 264, the model's vocab_size is 200"):
+        Speaker.load(tmp_path / "model")
+
+
 @pytest.fixture(scope="module")
 def real(smollm2) -> Speaker:
     return Speaker.load(smollm2)

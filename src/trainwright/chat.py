@@ -99,6 +99,11 @@ class Speaker:
             words = inner if (inner / "config.json").exists() else model_folder.resolve(path)
             model = load_model(words, dtype=dtype, device=device)
         tokenizer = load_tokenizer(words)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer of {words} has ids up to {tokenizer.vocab_size - 1}, the model's vocab_size is "
+                f"{model.config.vocab_size}: take the tokenizer that was published with these weights"
+            )
         chosen = load_template(template, tokenizer) if template or tokenizer.chat_template else None
         return cls(model, tokenizer, chosen)
 
