@@ -522,10 +522,13 @@ def verb(tmp_path: Path, monkeypatch: Any, capsys: Any) -> Callable[..., tuple[A
 
 def test_what_is_wrong_is_said_before_anything_runs(tmp_path, matrix, verb):
     (tmp_path / "unknown.yaml").write_text("title: t\nrecipe: quickstart\npublished: '009'\n")
+    other = [{"name": "of another matrix", "gpus": 1, "status": "ok"}]
+    (tmp_path / "other.json").write_text(json.dumps({"rows": other}))
     (tmp_path / "itself.yaml").write_text("title: t\nrecipe: quickstart\nrows: [{name: a, align_with: a}]\n")
     for words, said in (
         (("unknown.yaml", "--dry-run"), "no published document 009"),
         (("itself.yaml", "--dry-run"), "a: align_with is the row itself"),
+        ((str(matrix), "--compare", "other.json"), "no row there is called like one here: it has of another matrix"),
         ((), "which matrix?"),
         (("no_such",), "no matrix no_such"),
         ((str(matrix), "train.sed=1"), "first: quickstart: train.sed is not a key: did you mean seed?"),

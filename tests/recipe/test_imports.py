@@ -433,6 +433,7 @@ def test_torchtitan_8_bit_floats_are_listed_in_both_spellings(files):
         ("a.yaml", "base_model: a/b\n", "datasets=None: it is missing"),
         ("a.toml", "[model]\nname = 'deepseek_v3'\nflavor = '16B'\n[training]\n", "no such shape is known here"),
         ("a.toml", "[model\n", "cannot be read as an argument file"),
+        ("a.json", "{", "cannot be read as an argument file"),
         ("a.yaml", "colour: red\n", 'has the keys of no known tool (["colour"] ...): say --kind paddlenlp'),
         ("a.yaml", "task: sft\ndata: {path: x}\n", "is a recipe already"),
         ("a.json", '{"model_name_or_path": "x", "per_device_train_batch_size": 2.5, "sharding": "", "input_dir": "d"}',

@@ -140,6 +140,9 @@ def _beside(
 
     if compare is not None and Path(compare).exists():
         found = read_earlier(Path(compare))
+        if not any(cell.name in found for cell in cells):
+            there = ", ".join(list(found)[:3]) or "none"
+            raise UserError(f"--compare {compare}: no row there is called like one here: it has {there}")
     else:
         name = compare or asked.published
         if name is not None:

@@ -134,6 +134,7 @@ def _own(path: Path) -> dict[str, Any]:
 
 def read_mapping(path: Path, what: str = "recipe", first: str = "task") -> dict[str, Any]:
     """The keys of a YAML or JSON file, `what` in errors. Raises UserError that says where the file is wrong."""
+    named = f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
@@ -145,11 +146,9 @@ def read_mapping(path: Path, what: str = "recipe", first: str = "task") -> dict[
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UserError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
     except (OSError, *UNREADABLE) as error:
-        raise UserError(f"{path}: cannot be read as a {what}: {error}") from None
+        raise UserError(f"{path}: cannot be read as {named}: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: a {what} is a mapping of keys, this is {type(values).__name__}: start with `{first}:`"
-        )
+        raise UserError(f"{path}: {named} is a mapping of keys, this is {type(values).__name__}: start with `{first}:`")
     return values
 
 
