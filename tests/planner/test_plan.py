@@ -408,6 +408,11 @@ def test_json_and_exit_status(file):
     assert sum(found["memory"]["parts_gib"].values()) == pytest.approx(found["memory"]["peak_memory_gib"])
 
 
+@pytest.mark.parametrize("price", ["-1", "nan", "inf"])
+def test_a_price_is_a_number(price, file):
+    assert CliRunner().invoke(app, ["plan", file, "--gpu", "H200", "--price", price, "--json"]).exit_code == 2
+
+
 def test_the_best_layout_is_written_as_a_recipe(file, tmp_path):
     target = tmp_path / "best.yaml"
     words = ["plan", file, "--gpu", "H100", "--gpus", "8", "--search", "--write", str(target)]
