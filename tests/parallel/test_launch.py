@@ -109,6 +109,17 @@ def test_slurm_becomes_torchruns_environment() -> None:
     assert {name: environment[name] for name in wanted} == wanted
 
 
+@pytest.mark.parametrize(("seen", "local"), [("5", "0"), ("0,1,2,3", "3"), (None, "3")])
+def test_a_slurm_task_that_sees_one_device_takes_it(seen: str | None, local: str) -> None:
+    """`srun --gpus-per-task=1` shows each task its own GPU, which is number 0 to it."""
+    environment = {
+        "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3",
+        "SLURM_STEP_NODELIST": "gpu1", **({"CUDA_VISIBLE_DEVICES": seen} if seen else {}),
+    }  # fmt: skip
+    join_environment(environment)
+    assert environment["LOCAL_RANK"] == local
+
+
 def test_who_started_us() -> None:
     assert join_environment({}) == ""
     assert join_environment({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}) == ""

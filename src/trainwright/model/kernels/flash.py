@@ -86,7 +86,7 @@ def _wrong(device: torch.device) -> str | None:
     which one document has no query; whole rows. Forward and backward.
     """
     keys = torch.tensor([0, 1, 70, 135, 200], dtype=torch.int32, device=device)
-    ids_BT = torch.repeat_interleave(torch.arange(4, device=device), keys.diff())[None]
+    ids_BT = torch.repeat_interleave(torch.arange(4), keys.cpu().diff())[None].to(device)
     late = torch.tensor([0, 0, 0, 35, 100], dtype=torch.int32, device=device)  # the last 100 of the 200
     cases = {
         "documents": AttentionMask(Visibility(200, 200, ids_BT, cu_seqlens=keys)),
