@@ -61,6 +61,8 @@ def test_what_the_run_would_refuse_is_refused_before_the_queue() -> None:
         printed("quickstart", "parallel.ep=2", "--slurm")
     with pytest.raises(UserError, match=r"parallel.tp=16 does not divide \d+ attention heads: use parallel.tp=\d"):
         printed("quickstart", "parallel.tp=16", "--k8s")
+    with pytest.raises(UserError, match=r"16 pipeline stages cannot share \d layers, .* with 2 stages a rank"):
+        printed("quickstart", "parallel.pp=8", "parallel.pp_schedule=zbv", "--slurm")
     words = ["parallel.pp=2", "parallel.pp_schedule=interleaved", "train.gradient_accumulation_steps=5"]
     with pytest.raises(UserError, match="cannot order 5 micro batches over pp=2 ranks: use 4"):
         printed("quickstart", *words, "--slurm")

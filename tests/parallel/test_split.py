@@ -82,6 +82,8 @@ def test_given_counts():
 
 
 def test_too_many_stages_say_how_many_work():
-    with pytest.raises(UserError, match="use at most 5 stages"):
+    with pytest.raises(UserError, match=r"use at most 5 stages, parallel.pp=5$"):
         split_layers(PartCosts((1.0,) * 3, 0.0, 0.0), 6)
+    with pytest.raises(UserError, match=r"use at most 5 stages, parallel.pp=2 with 2 stages a rank$"):
+        split_layers(PartCosts((1.0,) * 3, 0.0, 0.0), 6, per_rank=2)
     assert [len(part) for part in split_layers(PartCosts((1.0,) * 3, 0.0, 0.0), 5)] == [0, 1, 1, 1, 0]

@@ -45,7 +45,7 @@ def launch(
 def checked_layout(recipe: "Recipe", gpus: int) -> str:
     """The layout's name. Raises UserError now for what the run would refuse after its wait in the queue."""
     from trainwright.parallel.layout import Layout, check_model
-    from trainwright.parallel.split import check_micro_batches
+    from trainwright.parallel.split import check_micro_batches, estimate_costs, split_layers, stages_of_rank
     from trainwright.planner.build import model_config
 
     layout, settings = Layout.of(recipe.parallel, gpus), recipe.train
@@ -58,7 +58,12 @@ def checked_layout(recipe: "Recipe", gpus: int) -> str:
         config = model_config(recipe)
     except UserError:  # the model may lie where the machines of the job are, and not here
         return str(layout)
-    check_model(layout, config, recipe.data.seq_len, kv_replication=recipe.parallel.kv_replication)
+    asked, length = recipe.parallel, recipe.data.seq_len
+    check_model(layout, config, length, kv_replication=asked.kv_replication)
+    if layout.pp > 1:
+        each = len(stages_of_rank(0, layout.pp, asked.pp_schedule, asked.pp_stages))
+        counts = asked.pp_layers if isinstance(asked.pp_layers, list) else None
+        split_layers(estimate_costs(config, length), layout.pp * each, counts, each)
     return str(layout)
 
 

@@ -54,7 +54,7 @@ class Cut:
         counts: Sequence[int] | None = None,
     ) -> Cut:
         own = stages_of_rank(rank, pp, schedule, per_rank)
-        return cls(schedule, split_layers(costs, pp * len(own), counts), own)
+        return cls(schedule, split_layers(costs, pp * len(own), counts, len(own)), own)
 
     @property
     def last(self) -> int:

@@ -41,20 +41,23 @@ def estimate_costs(config: ModelConfig, seq_len: int, recompute: str = "none") -
     return PartCosts(layers, 6.0 * config.embed_tokens.embedding_dim, 6.0 * head.in_features * head.out_features)
 
 
-def split_layers(costs: PartCosts, num_stages: int, counts: Sequence[int] | None = None) -> tuple[range, ...]:
+def split_layers(
+    costs: PartCosts, num_stages: int, counts: Sequence[int] | None = None, per_rank: int = 1
+) -> tuple[range, ...]:
     """The layers of each stage, first stage first; embedding is in the first, the head in the last.
 
     The dearest stage is as cheap as any contiguous split allows; among those splits, the most even one (least sum of
     squares). The first and the last stage may be left with the embedding or the head alone. `counts` says the numbers
-    of layers outright. Raises UserError where a stage would be empty.
+    of layers outright. Raises UserError where a stage would be empty; `per_rank`: stages of a rank, for its advice.
     """
     num_layers = len(costs.layers)
     if counts is not None:
         return _given(counts, num_layers, num_stages)
     if num_stages > num_layers + min(num_stages - 1, 2):
+        each = f" with {per_rank} stages a rank" if per_rank > 1 else ""
         raise UserError(
             f"{num_stages} pipeline stages cannot share {num_layers} layers, an embedding and a head: "
-            f"use at most {num_layers + 2} stages (parallel.pp x stages per rank)"
+            f"use at most {num_layers + 2} stages, parallel.pp={max(1, (num_layers + 2) // per_rank)}{each}"
         )
     limit = _cheapest_maximum(costs, num_stages)
     return _most_even(costs, num_stages, limit * (1 + 1e-12))

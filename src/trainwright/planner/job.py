@@ -172,7 +172,7 @@ class Job:
         owned = [stages_of_rank(rank, layout.pp, parallel.pp_schedule, parallel.pp_stages) for rank in range(layout.pp)]
         counts = tuple(parallel.pp_layers) if isinstance(parallel.pp_layers, list) else None
         costs = self.clocked or self.model.costs(self.seq_len, self.recompute)
-        parts = self.model.split(costs, layout.pp * len(owned[0]), counts)
+        parts = self.model.split(costs, layout.pp * len(owned[0]), counts, len(owned[0]))
         return tuple(self._stage(rank, mine, parts) for rank, mine in enumerate(owned))
 
     def _stage(self, rank: int, mine: tuple[int, ...], parts: tuple[range, ...]) -> Stage:

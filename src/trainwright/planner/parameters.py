@@ -101,11 +101,11 @@ class ModelParts:
             self._costs[key] = estimate_costs(self.config, seq_len, recompute)
         return self._costs[key]
 
-    def split(self, costs: PartCosts, stages: int, counts: tuple[int, ...] | None) -> tuple[range, ...]:
+    def split(self, costs: PartCosts, stages: int, counts: tuple[int, ...] | None, per_rank: int) -> tuple[range, ...]:
         """The layers of each pipeline stage."""
         key = (costs, stages, counts)
         if key not in self._splits:
-            self._splits[key] = split_layers(costs, stages, counts)
+            self._splits[key] = split_layers(costs, stages, counts, per_rank)
         return self._splits[key]
 
     def check(self, layout: Layout, seq_len: int, kv_replication: bool) -> None:
