@@ -6,7 +6,8 @@
 Random weights, random tokens, rows of one document. Each line is a job of its own with a time limit, `torchrun`'s for
 both sides: tokens a second and GPU over the measured steps, the ratio to the peer's best line of the row, MFU (causal
 FLOPs over the card's dense bf16 peak, also for fp8), seconds of a step, peak allocated memory, and the seconds from
-the start of Python to the end of the first step. Compiled programs are kept between the lines. `--layers` shrinks the
+the start of Python to the end of the first step. Lines that the plan says the cards are too small for are passed over,
+and spare ones take their place. Compiled programs are kept between the lines. `--layers` shrinks the
 models. torchtitan 0.2.2 must be where Python finds it, with torchdata, tyro, docstring_parser, typeguard, and torchao
 for fp8. The row of one GPU has transformers + Liger + bitsandbytes beside it instead.
 """
@@ -66,11 +67,16 @@ EP4 = {"parallelism.expert_parallel_degree": 4, "training.local_batch_size": 2, 
 class Row:
     """What one row of the table runs: words of a recipe by the name of the line, torchtitan's settings likewise.
 
+    spare: lines of ours where the card is too small, by plan, for some of those. titan_large,
+    titan_small: more of its lines on cards over and under 100 GiB.
     steps: (not measured, measured). limit: seconds of one line at most.
     """
 
     ours: dict[str, str]
     titan: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spare: dict[str, str] = field(default_factory=dict)
+    titan_large: dict[str, dict[str, Any]] = field(default_factory=dict)
+    titan_small: dict[str, dict[str, Any]] = field(default_factory=dict)
     model: str = LLAMA3
     seq_len: int = 8192
     steps: tuple[int, int] = (6, 8)
@@ -86,15 +92,20 @@ def micro(size: int, rows: int | None = None) -> str:
     return f"train.micro_batch_size={size} train.gradient_accumulation_steps={rows or 1}"
 
 
+def budget(gib: int) -> str:
+    """Words: of what layers would keep, so much."""
+    return f"parallel.recompute=selective parallel.recompute_memory={gib}"
+
+
 # Seconds in the comments: the whole row on four H200, both sides, compiled for the first time.
 ROWS: dict[str, Row] = {
     # 260
     "bf16": Row(
         {"ZeRO-3, 2 rows": micro(2), "ZeRO-3, 1 row": micro(1)},
-        {
-            "FSDP, 1 row, no recompute": {"training.local_batch_size": 1, **TITAN_NONE},
-            "FSDP, 2 rows, no recompute": {"training.local_batch_size": 2, **TITAN_NONE},
-        },
+        {"FSDP, 1 row, no recompute": {"training.local_batch_size": 1, **TITAN_NONE}},
+        {"ZeRO-3, 2 rows, selective": f"{budget(20)} {micro(2)}"},
+        {"FSDP, 2 rows, no recompute": {"training.local_batch_size": 2, **TITAN_NONE}},
+        {"FSDP, 2 rows, selective": {"training.local_batch_size": 2, **TITAN_MEMORY}},
     ),
     # 290
     "fp8": Row(
@@ -102,10 +113,13 @@ ROWS: dict[str, Row] = {
             "ZeRO-3, tensorwise, 2 rows": f"train.float8=tensorwise {micro(2)}",
             "ZeRO-3, rowwise, 2 rows": f"train.float8=rowwise {micro(2)}",
         },
+        {"FSDP, tensorwise, fp8 gather, 2 rows": {"training.local_batch_size": 2, **TITAN_MEMORY, **TITAN_FP8}},
         {
-            "FSDP, tensorwise, fp8 gather, 2 rows": {"training.local_batch_size": 2, **TITAN_MEMORY, **TITAN_FP8},
-            "the same, no recompute": {"training.local_batch_size": 2, **TITAN_NONE, **TITAN_FP8},
+            "ZeRO-3, tensorwise, 1 row": f"train.float8=tensorwise {micro(1)}",
+            "ZeRO-3, tensorwise, 2 rows, selective": f"train.float8=tensorwise {budget(20)} {micro(2)}",
         },
+        {"the same, no recompute": {"training.local_batch_size": 2, **TITAN_NONE, **TITAN_FP8}},
+        {"the same, 1 row, no recompute": {"training.local_batch_size": 1, **TITAN_NONE, **TITAN_FP8}},
     ),
     # 260
     "tp": Row(
@@ -125,6 +139,8 @@ ROWS: dict[str, Row] = {
             "PP2 x ZeRO-3 zbv, 8 micro batches": f"parallel.pp=2 parallel.pp_schedule=zbv {micro(1, 8)}",
         },
         {"PP2 x FSDP 1F1B, 8 micro batches": PP2},
+        {"PP2 x ZeRO-3 1F1B, 8 micro batches, selective": f"parallel.pp=2 {budget(20)} {micro(1, 8)}"},
+        titan_small={"PP2 x FSDP 1F1B, 8 micro batches, selective": {**PP2, **TITAN_MEMORY}},
         steps=(3, 4),
     ),
     # 270
@@ -275,15 +291,43 @@ def work(run: dict[str, Any], out: Path) -> None:
     out.write_text(json.dumps(found))
 
 
+def memory_gib(options: argparse.Namespace) -> float:
+    """Of one card here."""
+    from trainwright.planner.hardware import this_machine
+
+    return 0.0 if options.small else this_machine().card.memory_gib
+
+
+def fitting(row: Row, options: argparse.Namespace) -> dict[str, str]:
+    """The row's lines of ours that are planned to fit this machine's cards, and the spare ones where some do not."""
+    from trainwright.planner.hardware import this_machine
+    from trainwright.planner.plan import plan
+    from trainwright.recipe.load import load_recipe
+
+    if options.small:
+        return row.ours
+    found = {}
+    for who, words in (row.ours | row.spare).items():
+        if who in row.spare and len(found) == len(row.ours):
+            break
+        made = plan(load_recipe(ours(row, words, options)["recipe"]), this_machine(row.gpus or options.gpus))
+        if made.fits:
+            found[who] = words
+        else:
+            print(f"passed over, {made.memory.allocated / 2**30:.0f} GiB by plan: {who}", file=sys.stderr, flush=True)
+    return found
+
+
 def lines(options: argparse.Namespace) -> Iterator[tuple[str, str, str, list[str], dict[str, Any], Row]]:
     """(row, side, name of the line, program, what it reads, the row)."""
     for name in options.rows.split(","):
         row = ROWS[name]
-        for who, settings in row.titan.items() if "titan" in options.sides else ():
+        peers = row.titan | (row.titan_large if memory_gib(options) > 100 else row.titan_small)
+        for who, settings in peers.items() if "titan" in options.sides else ():
             yield name, "titan", who, [str(HERE / "peers" / "titan.py")], titan(row, settings, options), row
         if row.hf and "titan" in options.sides:
             yield name, "peer", row.hf, [str(HERE / "peers" / "hf_full.py")], transformers(row, options), row
-        for who, words in row.ours.items() if "ours" in options.sides else ():
+        for who, words in fitting(row, options).items() if "ours" in options.sides else ():
             if not options.only or options.only in who:
                 yield name, "ours", who, [__file__, "--worker"], ours(row, words, options), row
 

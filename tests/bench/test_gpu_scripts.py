@@ -46,6 +46,22 @@ def test_a_row_of_the_speed_table(name, tmp_path):
         check(load_recipe(speed.ours(row, words, options)["recipe"]), row.gpus or 4)
 
 
+@pytest.mark.parametrize("card", ["H100", "H200"])
+@pytest.mark.parametrize("name", speed.ROWS)
+def test_every_row_has_lines_that_fit_the_card(name, card, tmp_path, monkeypatch):
+    """The machine may have smaller cards than those that a row was written for: then spare lines take their place."""
+    monkeypatch.setattr("trainwright.planner.hardware.this_machine", lambda gpus=None: cluster_of(card, gpus))
+    row, options = speed.ROWS[name], argparse.Namespace(small=False, layers=None, folder=tmp_path, gpus=4)
+    chosen = speed.fitting(row, options)
+    assert chosen
+    for words in chosen.values():
+        made = plan(load_recipe(speed.ours(row, words, options)["recipe"]), cluster_of(card, row.gpus or 4))
+        assert made.fits
+    if card == "H200":
+        assert chosen == row.ours
+    assert speed.memory_gib(options) == pytest.approx({"H100": 80, "H200": 141}[card], rel=0.1)
+
+
 @pytest.mark.parametrize("name", [*layouts.FOUR, *layouts.TWO, *layouts.MORE, *layouts.STARTS])
 def test_a_layout(name, tmp_path):
     options = argparse.Namespace(small=False, seq_len=1024, steps=100, folder=tmp_path)
