@@ -7,8 +7,9 @@ with adapters of rank 16 on all linear layers: the same rows in the same order, 
 on a CPU. Printed as it is measured: mean training loss of the last tenth of the steps, loss of the held-out split
 before and after, and how far each is from full precision's of the same seed. The bound is 1%.
 
-One seed proves little: rounding of fp8's size moves a run by about 1% either way. `bf16`, the whole base computed in
-bf16, is the yardstick. With several seeds the mean over them is printed with its standard error.
+One seed proves little: in one run fp8's rounding moved the losses of training and held-out rows by 1% in opposite
+directions. `bf16`, the whole base computed in bf16, is the yardstick. With several seeds the mean over them is printed
+with its standard error.
 """
 
 from __future__ import annotations
