@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from trainwright.bench.matrix import find_matrix, read_matrix
 from trainwright.bench.published import PublishedRow, load_published
 from trainwright.planner.calibration import Calibration, read_calibration
 from trainwright.planner.hardware import GIB, cluster_of
+from trainwright.planner.memory import plan_memory
 from trainwright.planner.plan import Plan, plan
-from trainwright.planner.program import own_program
+from trainwright.planner.speed import plan_speed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "planner.md"
@@ -140,8 +142,9 @@ def _plan(cell: Cell, row: dict[str, Any], calibration: Calibration | None, then
     """then: what was another number of our program when the row was measured."""
     cap = cell.setting.memory_gib or row.get("device_memory_gib")
     cluster = cluster_of(row["device"], cell.gpus, memory_gib=cap)
-    program = own_program(cell.recipe, cluster.card, cell.gpus).with_values(then)
-    return plan(cell.recipe, cluster, program=program, calibration=calibration)
+    job = plan(cell.recipe, cluster, calibration=calibration).job
+    job = replace(job, program=job.program.with_values(then))
+    return Plan(job, plan_memory(job), plan_speed(job))
 
 
 def _bounds(errors: list[tuple[str, float | None, float | None, bool]]) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from trainwright.bench.cell import cells_of, predict
 from trainwright.bench.matrix import find_matrix, read_matrix
 from trainwright.planner.hardware import GIB, cluster_of
+from trainwright.planner.memory import plan_memory
 from trainwright.planner.plan import plan
-from trainwright.planner.program import own_program
+from trainwright.planner.speed import plan_speed
 
 ROOT = Path(__file__).resolve().parents[2]
 CAMPAIGN = {"planner_h200_1": 1, "planner_h200_2": 2, "planner_h200_4": 4}
@@ -60,11 +62,11 @@ def test_measured_memory_of_seven_layouts():
     cells = {cell.name: cell for cell in cells_of(read_matrix(find_matrix("planner_layouts_h200_4")))}
     for row in results["rows"]:
         recipe, cluster = cells[row["name"]].recipe, cluster_of("H200", row["gpus"])
-        then = own_program(recipe, cluster.card, row["gpus"]).with_values(results["program"])
-        made = plan(recipe, cluster, program=then)
-        planned = made.memory.stages[0].peak.total / GIB
+        job = plan(recipe, cluster).job
+        job = replace(job, program=job.program.with_values(results["program"]))
+        planned = plan_memory(job).stages[0].peak.total / GIB
         assert planned == pytest.approx(row["peak_memory_gib"], rel=0.03), row["name"]
-        assert made.speed.step_seconds == pytest.approx(row["step_seconds"], rel=0.2), row["name"]
+        assert plan_speed(job).step_seconds == pytest.approx(row["step_seconds"], rel=0.2), row["name"]
 
 
 def test_the_page_is_as_the_planner_says():

@@ -70,7 +70,7 @@ def build_job(
         check_micro_batches(recipe.parallel.pp_schedule, layout.pp, accumulation)
     own = program or own_program(recipe, cluster.card, cluster.gpus)
     job = Job(recipe, model, layout, cluster, calibration or load_calibration(cluster.card), own, rows, accumulation)
-    clocked = layout.pp > 1 and own.name == "trainwright" and cluster.card.name != "CPU"
+    clocked = layout.pp > 1 and program is None and cluster.card.name != "CPU"
     plain = not any(item.quantization for item in model.parameters)
     if clocked and plain and recipe.parallel.pp_layers in ("auto", "measured"):
         return replace(job, clocked=_clocked(job))
