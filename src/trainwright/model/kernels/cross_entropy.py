@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -144,10 +145,22 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     and writing, reading and adding it three times the bytes."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
-    elif a.device.type == "cuda":
+    elif _sums_in_place(a.device.type, a.dtype):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += _matmul_float32(a, b)
+
+
+@cache
+def _sums_in_place(device: str, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of 16-bit factors to a float32 total. Tried, since versions and devices differ:
+    it is missing on CPUs, and an earlier one wants all three of one type."""
+    factor, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def linear_cross_entropy(
