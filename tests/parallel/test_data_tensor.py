@@ -19,7 +19,7 @@ from trainwright.adapt.setup import freeze_base, start_adapters
 from trainwright.errors import UserError
 from trainwright.model import init
 from trainwright.model.transformer import Transformer
-from trainwright.parallel import shard, tensor
+from trainwright.parallel import local, shard, tensor
 from trainwright.parallel.apply import parallelize
 from trainwright.parallel.layout import Layout
 from trainwright.train import step
@@ -196,7 +196,7 @@ def adapter_gradients(layout: Layout) -> dict[str, Tensor]:
         shard.begin_micro_batch(model, world, last=number == len(batches))
         model(**to_inputs(batch, world.device)).loss_sum.backward()
     if layout.tp > 1:
-        tensor.sum_partial_gradients(model, world.meshes["tp"])
+        local.sum_partial_gradients(model, world.meshes["tp"])
     held = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in held.items()}  # type: ignore[misc]
 

@@ -15,8 +15,9 @@ from trainwright.model.generate import generate
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.apply import parallelize
 from trainwright.parallel.layout import Layout
-from trainwright.parallel.pipeline import Cut, Pipeline, measure_costs, without_twins
+from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.split import PartCosts, check_micro_batches, stages_of_rank
+from trainwright.parallel.stages import Cut, measure_costs, without_twins
 from trainwright.recipe.parallel import ParallelRecipe
 from trainwright.train.nonfinite import find_nonfinite
 from trainwright.train.optimizer import build_optimizer

@@ -27,11 +27,12 @@ from trainwright.parallel.expert import apply_experts
 from trainwright.parallel.layout import check_model, kv_heads_of_rank
 from trainwright.parallel.mesh import World, in_host_memory
 from trainwright.parallel.offload import apply_offload
-from trainwright.parallel.pipeline import Cut, Pipeline, cut_model, measure_costs
+from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.recompute import apply_recompute, hide_gathering
 from trainwright.parallel.sequence import apply_sequence
 from trainwright.parallel.shard import apply_fsdp
 from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs
+from trainwright.parallel.stages import Cut, cut_model, measure_costs
 from trainwright.parallel.tensor import apply_tensor, overlap
 from trainwright.parallel.tiles import apply_tiles
 from trainwright.recipe.parallel import ParallelRecipe

@@ -21,7 +21,8 @@ from torch.distributed.tensor import Shard
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.collectives import all_to_all
-from trainwright.parallel.tensor import OUTSIDE, TABLE, Rule, View, distribute, view_locally, with_scales
+from trainwright.parallel.local import View, distribute, view_locally
+from trainwright.parallel.tensor import OUTSIDE, TABLE, Rule, with_scales
 
 
 def apply_experts(model: Transformer, mesh: DeviceMesh) -> None:

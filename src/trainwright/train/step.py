@@ -21,10 +21,10 @@ from trainwright.data.loader import Batch
 from trainwright.device import upload, widest_float
 from trainwright.model.mask import document_offsets
 from trainwright.model.transformer import LossOutput
+from trainwright.parallel.local import sum_partial_gradients
 from trainwright.parallel.mesh import World
 from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.shard import begin_micro_batch, grad_norm
-from trainwright.parallel.tensor import sum_partial_gradients
 from trainwright.train.graph import GraphedPasses
 from trainwright.train.optimizer import Optimizers
 

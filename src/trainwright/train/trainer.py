@@ -24,8 +24,8 @@ from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, 
 from trainwright.errors import UserError
 from trainwright.parallel.layout import check_model
 from trainwright.parallel.mesh import join_world
-from trainwright.parallel.pipeline import without_twins
 from trainwright.parallel.split import check_micro_batches
+from trainwright.parallel.stages import without_twins
 from trainwright.parallel.watch import begin_watch
 from trainwright.parallel.whole import WholeWeights
 from trainwright.recipe.schema import Recipe

@@ -14,6 +14,7 @@ import yaml
 
 from trainwright.errors import UserError
 from trainwright.planner.hardware import Card
+from trainwright.store import write_text
 
 SHIPPED = Path(__file__).parent
 
@@ -115,13 +116,6 @@ def read_calibration(path: Path) -> Calibration:
 
 def write_calibration(calibration: Calibration, folder: Path | None = None) -> Path:
     """Writes what was measured where `load_calibration` finds it first; the file is whole or as it was."""
-    folder = folder or own_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file_name(calibration.card)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        yaml.safe_dump(asdict(calibration), file, sort_keys=False, allow_unicode=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    path = (folder or own_folder()) / file_name(calibration.card)
+    write_text(path, yaml.safe_dump(asdict(calibration), sort_keys=False, allow_unicode=True))
     return path
