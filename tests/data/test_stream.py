@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from trainwright.data import pool, stream
+from trainwright.data.cache import try_claim
 from trainwright.data.command import prepare_command
 from trainwright.data.loader import Loader
 from trainwright.data.prepare import prepare
@@ -186,6 +187,20 @@ def test_ranks_share_one_window(
     alone = closing(Loader(open_stream(recipe, tokenizer), micro_batch_size=4, seed=1))
     for one, two in zip(*said, strict=True):
         assert next(alone).input_ids.tolist() == one + two
+
+
+def test_a_part_that_is_being_made_is_not_deleted(
+    tmp_path: Path, make: Callable[..., Recipe], tokenizer: Tokenizer
+) -> None:
+    rows = open_stream(make(path=write(tmp_path / "a.jsonl")), tokenizer)
+    part = next(part for part in rows.lanes[0] if part.done(rows.folder))
+    files = sorted(rows.folder.glob("part-*.*"))
+    with try_claim(part.prefix(rows.folder).with_suffix(".lock")) as mine:
+        assert mine
+        rows.delete(part)
+        assert sorted(rows.folder.glob("part-*.*")) == files
+    rows.delete(part)
+    assert not part.done(rows.folder)
 
 
 def test_pretraining_streams_too(

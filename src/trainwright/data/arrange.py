@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainwright.data.cache import digest, only_writer, read_json
+from trainwright.data.cache import digest, only_writer, read_json, write_json
 from trainwright.data.packing import (
     WINDOW,
     Rows,
@@ -29,7 +29,6 @@ from trainwright.data.rows import PackedSource, RowSet, RowWriter
 from trainwright.data.shards import Shard
 from trainwright.data.tokenized import TokenSet
 from trainwright.recipe.data import SourceRecipe
-from trainwright.store import write_json
 
 VERSION = 1  # raised when the same tokens would give other rows
 

@@ -30,6 +30,13 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside and renames: the file is whole or absent."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
 @contextlib.contextmanager
 def try_claim(path: Path) -> Iterator[bool]:
     """Whether no other process has claimed `path`; if so, it is ours inside the block."""

@@ -17,12 +17,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from trainwright.data.cache import write_json
 from trainwright.data.readers import LINE_KINDS, size
 from trainwright.data.sources import Source
 from trainwright.data.tokenizer import Tokenizer
 from trainwright.data.worker import Part, PartTokenizer, Work
 from trainwright.errors import UserError
-from trainwright.store import write_json
 
 # Small enough that every core has something to do and an interruption costs seconds, but at most so many files.
 PART_BYTES = 4 * 2**20

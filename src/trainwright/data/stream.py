@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainwright.data.arrange import Arrangement
-from trainwright.data.cache import read_json
+from trainwright.data.cache import read_json, try_claim
 from trainwright.data.doctor import beyond_embedding
 from trainwright.data.order import Mix, Permutation
 from trainwright.data.packing import Rows, Selection, StreamCutter, fit_documents, pack_rows, pad_rows
@@ -99,10 +99,14 @@ class StreamSet(RowShape):
         return HeldRows(rows, [shard])
 
     def delete(self, part: Part) -> None:
-        """Takes a part out of the window. Its figures go first: without them it is as if never tokenized."""
+        """Takes a part out of the window. Its figures go first: without them it is as if never tokenized.
+
+        A part that another rank's process is making again stays: half of it would be gone, and its figures there.
+        """
         prefix = part.prefix(self.folder)
-        for suffix in (".json", ".bin", ".idx", ".docs", ".trained", ".stops"):
-            prefix.with_suffix(suffix).unlink(missing_ok=True)
+        with try_claim(prefix.with_suffix(".lock")) as mine:
+            for suffix in (".json", ".bin", ".idx", ".docs", ".trained", ".stops") if mine else ():
+                prefix.with_suffix(suffix).unlink(missing_ok=True)
 
 
 class _Group(NamedTuple):

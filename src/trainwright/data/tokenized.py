@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainwright.data.cache import cache_folder, digest, only_writer, read_json
+from trainwright.data.cache import cache_folder, digest, only_writer, read_json, write_json
 from trainwright.data.encode import EncodeSettings
 from trainwright.data.pool import plan_parts, tokenize_parts
 from trainwright.data.progress import Progress
@@ -21,7 +21,6 @@ from trainwright.data.tokenizer import Tokenizer
 from trainwright.data.worker import Part, Work
 from trainwright.errors import UserError
 from trainwright.recipe.data import DataRecipe, SourceRecipe
-from trainwright.store import write_json
 
 VERSION = 2  # raised when the same recipe would give other tokens
 COUNTED_TOGETHER = 1 << 24

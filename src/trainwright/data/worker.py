@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from trainwright.data.cache import read_json, try_claim
+from trainwright.data.cache import read_json, try_claim, write_json
 from trainwright.data.encode import Encoder, EncodeSettings
 from trainwright.data.formats import BadRow, Sample, to_sample
 from trainwright.data.indexed import token_type
@@ -26,7 +26,6 @@ from trainwright.data.shards import Document, ShardWriter
 from trainwright.data.sources import Source
 from trainwright.data.tokenizer import Tokenizer, load_tokenizer
 from trainwright.errors import UserError
-from trainwright.store import write_json
 
 BATCH_CHARACTERS = 1 << 19
 BATCH_SAMPLES = 1024
