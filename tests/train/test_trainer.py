@@ -381,7 +381,7 @@ def test_a_stop_whose_checkpoint_fails_says_so(tmp_path, monkeypatch):
     [
         (["tracking.tracker=swanlab"], "pip install swanlab"),
         (["model.tokenizer=null"], "set model.tokenizer"),
-        (["model.overrides.vocab_size=100"], "set model.overrides.vocab_size=320"),
+        (["model.overrides.vocab_size=100", "model.overrides.pad_token_id=null"], "set model.overrides.vocab_size=320"),
         (["train.warmup=100"], "train.warmup=100 is longer than the run's 12 steps"),
         (["model.frozen=[nothing.*]"], "nothing.* matches no parameter"),
         (["model.frozen=['*']"], "nothing is trained"),
