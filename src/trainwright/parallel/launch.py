@@ -43,9 +43,8 @@ def join_environment(environment: MutableMapping[str, str]) -> str:
         port = BASE_PORT + int(environment.get("SLURM_JOB_ID", 0)) % PORTS
         names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
         environment.update({ours: environment[theirs] for ours, theirs in names.items()})
-        if any(
-            environment.get(name, ",").isdigit() for name in VISIBLE
-        ):  # srun --gpus-per-task=1: it sees its own only
+        # srun --gpus-per-task=1: a task sees its own device only
+        if any(environment.get(name, "").isdigit() for name in VISIBLE):
             environment["LOCAL_RANK"] = "0"
         environment.setdefault("MASTER_ADDR", hosts)
         environment.setdefault("MASTER_PORT", str(port))
