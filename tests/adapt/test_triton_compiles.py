@@ -67,3 +67,12 @@ def test_adamw8bit(card, guarded):
     types = ["*fp32", "*fp32", *moments, *["*fp32"] * 3, *["*fp32"] * 4, *["fp32"] * 5, "i32", "i32"]
     constants = {"SCALED": guarded, "GUARDED": guarded, "SIZE": 256, "BLOCKS": 8}
     assert compiled(_adamw_kernel, types, constants, card)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("out", ["*bf16", "*fp32", "*fp16"])
+def test_cross_entropy(card, out):
+    from trainwright.model.kernels.triton_cross_entropy import _softmax_kernel
+
+    types = ["*fp32", "*i64", out, "*fp32"]
+    assert compiled(_softmax_kernel, types, {"columns": 128256, "LEAST": -1e30, "WIDTH": 4096}, card, 8)

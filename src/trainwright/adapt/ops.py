@@ -98,8 +98,13 @@ def lora_linear_op(
     scale: float,
 ) -> Tensor:
     """`low_MR` is x A^T and A itself is not read: it stands here for its gradient."""
-    y_MO = _forward(_rows(x), format, pieces, x.shape[-1], bias)
-    y_MO.addmm_(low_MR, b.to(x.dtype).t(), alpha=scale)
+    x_MI, up_RO = _rows(x), b.to(x.dtype).t()
+    if format == "fp8":
+        y_MO = _forward(x_MI, format, pieces, x.shape[-1], bias)
+        y_MO.addmm_(low_MR, up_RO, alpha=scale)
+    else:  # the large product adds to the small one as it writes: one pass over y less than the other way round
+        y_MO = (low_MR * scale) @ up_RO if bias is None else torch.addmm(bias.to(x.dtype), low_MR, up_RO, alpha=scale)
+        y_MO.addmm_(x_MI, _weight(format, pieces, x.shape[-1], x.dtype).t())
     return y_MO.view(*x.shape[:-1], y_MO.shape[-1])
 
 
@@ -135,8 +140,12 @@ def lora_linear_backward_op(
     grad_b = _product_float32(grad_MO.t(), low_MR).mul_(scale).to(b.dtype)
     if not needs_x:
         return x.new_empty(0), grad_a, grad_b
-    grad_x = _backward(grad_MO, format, pieces, a.shape[1])
-    grad_x.addmm_(grad_low_MR, a.to(x.dtype))
+    if format == "fp8":
+        grad_x = _backward(grad_MO, format, pieces, a.shape[1])
+        grad_x.addmm_(grad_low_MR, a.to(x.dtype))
+    else:
+        grad_x = grad_low_MR @ a.to(x.dtype)
+        grad_x.addmm_(grad_MO, _weight(format, pieces, a.shape[1], x.dtype))
     return grad_x.view(x.shape), grad_a, grad_b
 
 

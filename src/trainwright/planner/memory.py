@@ -291,8 +291,9 @@ class _Walk:
         if program.name == "trainwright" and job.config.lm_head.quantization is not None:
             return {"logits": self._sliced_logits(vocab), "loss": self._loss_kept()}
         chunk = chunk_tokens(program, job.tokens, vocab, self.device)
-        # Over a split vocabulary, softmax is taken in place.
-        each = program.logits - (4 if job.layout.tp > 1 and program.name == "trainwright" else 0)
+        each = program.logits
+        if program.name == "trainwright" and job.layout.tp > 1:
+            each = 4 if program.compute == 4 else 6  # over a split vocabulary, softmax is taken in place
         parts = {"logits": int(chunk * vocab * each), "loss": self._loss_kept()}
         if self._head_trained():
             parts["head's gradient"] = self._head_elements() * program.head_work
@@ -337,7 +338,8 @@ class _Walk:
         parts = self._base(gradients=False) | self._gathered(backward=True)
         parts["activations"] = max(works, default=0) + stream + self._outer_kept()
         if self.stage.head:
-            parts |= {"logits": self._loss()["logits"]}
+            # Without gradients, logits and their log softmax in float32.
+            parts["logits"] = int(self._loss()["logits"] * max(1.0, 8 / self.program.logits))
         return Moment("evaluation", parts)
 
     def _save(self) -> Moment:

@@ -188,15 +188,16 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         inner_work=2 * compute,
         quantized_work=compute,
         stream_work=compute,
-        # One chunk in float32 twice, and its gradient in the compute type. The head's gradient in float32: products are
-        # added in place, on a CPU in bf16 as tensors of their own (in the compute type first).
-        logits=8 if compute == 4 else 10,
+        # One chunk in float32 and its gradient in the compute type, on a CPU in float32 twice. The head's gradient in
+        # float32: products are added in place, on a CPU in bf16 as tensors of their own (in the compute type first).
+        logits=8 if compute == 4 else 10 if cpu else 6,
         head_work=10 if cpu and compute != 4 else 4,
         attention="cudnn" if recipe.model.attention in ("auto", "cudnn") else "flash",
         loss_chunk=train.loss_chunk,
         # Compiled layers fuse norms, rotation, activation and residuals into a few passes (`benchmarks/floor.py`).
         stream_traffic=(50.0 if compiled else 540.0) * compute / 2,
         inner_traffic=(18.0 if compiled else 50.0) * compute / 2,
+        logits_traffic=34.0 if cpu or recipe.parallel.tp > 1 else 18.0,
         head_traffic=12.0 if cpu and compute != 4 else 8.0,
         kernels=_host_work(recipe, world_size, compiled),
         reducing_layers=0.0 if cpu else 1.0,

@@ -4,6 +4,16 @@
 own files.
 """
 
+from functools import cache
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is here and there is a device for it."""
+    from torch.utils._triton import has_triton
+
+    return has_triton()
+
 
 def chosen_backends() -> dict[str, str]:
     """Operation -> the backend that this machine takes for bf16 training, for `trainwright doctor`."""
@@ -16,7 +26,7 @@ def chosen_backends() -> dict[str, str]:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     return {
         "attention": attention(device),
-        "cross entropy": "chunked, logits never held whole",
+        "cross entropy": "chunked, logits never held whole" + (", Triton" if has_triton() else ""),
         "norm": "torch fused" if device.type == "cuda" else "own backward",
         "experts": experts(device),
         "train.float8": float8(device),

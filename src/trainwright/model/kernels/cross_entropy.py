@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainwright.model.kernels import has_triton
+
 IGNORE = -100
 _CHUNK_BYTES = {"cpu": 96 << 20}
 _DEFAULT_CHUNK_BYTES = 512 << 20
@@ -73,6 +75,34 @@ def _probabilities(logits_MV: Tensor, labels_M: Tensor, shard: VocabShard | None
     return logits_MV.div_(total_M1), total_M1.log().squeeze(1) - target_M
 
 
+def _gradient(
+    logits_MV: Tensor,
+    labels_M: Tensor,
+    kept_M: Tensor,
+    shard: VocabShard | None,
+    dtype: torch.dtype | None,
+    grad_b: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """(softmax - one-hot in `dtype`, loss [M]), None for the first without a type; what rows of `kept` give the bias is
+    added to `grad_b`."""
+    probabilities, loss_M = _probabilities(logits_MV, labels_M, shard)
+    if dtype is None:
+        return None, loss_M
+    probabilities.scatter_add_(1, labels_M.clamp(min=0)[:, None], -(labels_M >= 0).float()[:, None])
+    if grad_b is not None:
+        grad_b += kept_M.float() @ probabilities
+    return probabilities.to(dtype), loss_M
+
+
+def _fused(x: Tensor) -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]] | None:
+    """Loss and gradient of a chunk in one kernel, where the device has Triton."""
+    if not x.is_cuda or not has_triton():
+        return None
+    from trainwright.model.kernels.triton_cross_entropy import softmax_gradient
+
+    return softmax_gradient
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,6 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
     ) -> Tensor:
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        needed = need_x or need_w or need_b
         supervised_M = labels_M != IGNORE
         local_M = labels_M - (shard.offset if shard else 0)
         local_M = torch.where(supervised_M & (local_M >= 0) & (local_M < weight_VH.shape[0]), local_M, -1)
@@ -92,6 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_MH) if need_x else None
         grad_w = torch.zeros_like(weight_VH, dtype=torch.float32) if need_w else None
         grad_b = torch.zeros(weight_VH.shape[0], dtype=torch.float32, device=x_MH.device) if need_b else None
+        fused = _fused(x_MH) if shard is None and bias_V is None and needed else None
         rows = chunk or chunk_rows(x_MH.shape[0], shard.size if shard else weight_VH.shape[0], x_MH.device.type)
         for begin in range(0, x_MH.shape[0], rows):
             part = slice(begin, begin + rows)
@@ -101,18 +133,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x = x_MH[part].masked_fill(~kept[:, None], 0.0)
             logits = _matmul_float32(x, weight_VH.t())
             logits = logits.add_(bias_V) if bias_V is not None else logits
-            probabilities, loss_M = _probabilities(logits, label, shard)
+            if fused:
+                grad, loss_M = fused(logits, label, x.dtype)
+            else:
+                grad, loss_M = _gradient(logits, label, kept, shard, x.dtype if needed else None, grad_b)
+            del logits  # or it would live on beside the next chunk's
             loss += loss_M.masked_fill_(~kept, 0.0).sum()
-            if not (need_x or need_w or need_b):
+            if grad is None:
                 continue
-            probabilities.scatter_add_(1, label.clamp(min=0)[:, None], -(label >= 0).float()[:, None])
-            if grad_b is not None:
-                grad_b += kept.float() @ probabilities
-            grad = probabilities.to(x.dtype)
             if grad_x is not None:
                 torch.mm(grad, weight_VH, out=grad_x[part]).masked_fill_(~kept[:, None], 0.0)
             if grad_w is not None:
                 _add_product(grad_w, grad.t(), x)
+            del grad
         ctx.dtypes = weight_VH.dtype, bias_V.dtype if bias_V is not None else None
         ctx.grads = grad_x, grad_w, grad_b
         return loss

@@ -23,6 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from trainwright.model.kernels import has_triton
+
 Kind = Literal["nf4", "int8", "fp8"]
 Pieces = list[Tensor]
 
@@ -255,15 +257,9 @@ def _fp8_product(
 
 def _triton(name: str, codes: Tensor, columns: int) -> Callable[..., Any] | None:
     """The Triton kernel of this name, where device and shape allow one."""
-    if codes.device.type != "cuda" or columns % NF4_BLOCK or not _has_triton():
+    if codes.device.type != "cuda" or columns % NF4_BLOCK or not has_triton():
         return None
     from trainwright.model.kernels import triton_quantized
 
     return getattr(triton_quantized, name)
 
-
-@cache
-def _has_triton() -> bool:
-    from torch.utils._triton import has_triton
-
-    return has_triton()

@@ -1,0 +1,55 @@
+"""Loss and gradient of a chunk of logits in two readings and one writing. What it must match is `cross_entropy.py`.
+
+As separate operations (log softmax, exponential, one-hot, cast) the same is five passes and two more tensors as large as
+the logits. The running maximum is that of online softmax (Milakov & Gimelshein 2018).
+"""
+
+# Kernels are written without type annotations: Triton reads its own from them.
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _softmax_kernel(logits, labels, grad, loss, columns: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    logits += row * columns
+    grad += row * columns
+    column = tl.arange(0, WIDTH)
+    if label < 0:
+        tl.store(loss + row, 0.0)
+        for begin in range(0, columns, WIDTH):
+            nothing = tl.zeros([WIDTH], dtype=tl.float32).to(grad.dtype.element_ty)
+            tl.store(grad + begin + column, nothing, mask=begin + column < columns)
+    else:
+        highest = tl.full([WIDTH], LEAST, dtype=tl.float32)
+        total = tl.zeros([WIDTH], dtype=tl.float32)
+        for begin in range(0, columns, WIDTH):
+            x = tl.load(logits + begin + column, mask=begin + column < columns, other=LEAST)
+            now = tl.maximum(highest, x)
+            total = total * tl.exp(highest - now) + tl.exp(x - now)
+            highest = now
+        top = tl.max(highest, 0)
+        whole = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+        tl.store(loss + row, whole - tl.load(logits + label))
+        for begin in range(0, columns, WIDTH):
+            inside = begin + column < columns
+            x = tl.load(logits + begin + column, mask=inside, other=LEAST)
+            p = tl.exp(x - whole)
+            p = tl.where(begin + column == label, p - 1.0, p)
+            tl.store(grad + begin + column, p.to(grad.dtype.element_ty), mask=inside)
+
+
+def softmax_gradient(logits_MV: Tensor, labels_M: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(softmax - one-hot of the label in `dtype` [M, V], -log softmax[label] float32 [M]) of float32 logits.
+
+    Rows whose label is below 0 are not trained: zeros in both.
+    """
+    rows, columns = logits_MV.shape
+    grad_MV = torch.empty(rows, columns, dtype=dtype, device=logits_MV.device)
+    loss_M = torch.empty(rows, device=logits_MV.device)
+    # A number below every logit, and finite: the difference of two infinities is none.
+    _softmax_kernel[(rows,)](logits_MV, labels_M, grad_MV, loss_M, columns, LEAST=-1e30, WIDTH=4096, num_warps=8)
+    return grad_MV, loss_M
