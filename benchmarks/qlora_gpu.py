@@ -308,6 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--sides", default="ours,unsloth,hf")
+    parser.add_argument("--lines", help="of ours, only these, by name, with ; between (all)")
     parser.add_argument("--folder", default="/tmp/qlora")
     parser.add_argument("--seconds", type=float, default=520, help="no line begins later")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small sizes, any device")
@@ -323,7 +324,8 @@ def main() -> None:
     for name in arguments.rows.split(","):
         row = row_of(name, tiny)
         folder = str(Path(arguments.folder) / ("llama2" if ROWS[name].get("keys") is LLAMA2 else "llama3"))
-        lines = [("ours", line) for line in OURS[name] if "ours" in sides]
+        only = arguments.lines.split(";") if arguments.lines else OURS[name]
+        lines = [("ours", line) for line in OURS[name] if "ours" in sides and line in only]
         lines += [(side, "-") for side in sides if side != "ours" and row.get("peers", True) and row.get(side, True)]
         for side, line in lines:
             now = time.perf_counter()

@@ -18,14 +18,27 @@ from pathlib import Path
 
 WHEELS = {
     "ours": ["pydantic", "pydantic-core", "annotated-types", "typing-inspection"],
-    "adapters": ["bitsandbytes", "liger-kernel", "trl", "datasets", "dill", "multiprocess", "unsloth", "unsloth_zoo"],
+    "adapters": [
+        "bitsandbytes",
+        "liger-kernel",
+        "trl==1.15.0",
+        "datasets==4.3.0",
+        "dill",
+        "multiprocess",
+        "xxhash",
+        "einops",
+        "msgspec",
+        "cut-cross-entropy",
+        "psutil",
+        "unsloth",
+        "unsloth_zoo",
+    ],
     "torchtitan": ["torchtitan==0.2.2", "torchdata", "tyro", "docstring_parser", "typeguard", "torchao"],
 }
 NEEDLESS = (
     "bitsandbytes/libbitsandbytes_*.so",
     "studio",
     "unsloth_cli",
-    "unsloth_zoo_downloads",
     "test",
     "bin",
     "**/__pycache__",

@@ -64,7 +64,7 @@ def test_every_row_has_lines_that_fit_the_card(name, card, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", [*layouts.FOUR, *layouts.TWO, *layouts.MORE, *layouts.STARTS])
 def test_a_layout(name, tmp_path):
-    options = argparse.Namespace(small=False, seq_len=1024, steps=100, folder=tmp_path)
+    options = argparse.Namespace(small=False, seq_len=1024, steps=100, folder=tmp_path, learning_rate=1e-4)
     gpus = 2 if name in layouts.TWO else 4
     check(layouts.recipe_of(options, name, gpus), gpus)
 
