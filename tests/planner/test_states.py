@@ -105,6 +105,13 @@ ADAPTED = [
 ]
 
 
+def test_both_ends_of_a_pipeline_on_one_rank_hold_a_tied_table_twice():
+    case = Case("bloom", Layout(2, pp=2), options=(("pp_schedule", "zbv"),), accumulation=4, layers=4)
+    job = job_of(case, tree(case))
+    for rank, found in enumerate(run(2, allocated, case)):
+        check(job, found, rank)
+
+
 @pytest.mark.parametrize(("model", "layout", "how"), ADAPTED, ids=lambda value: str(value))
 def test_adapters_on_every_rank_of_a_layout(model, layout, how):
     case = Case(model, layout)

@@ -22,13 +22,15 @@ class LayerActivations:
     """Bytes of one layer and one micro batch.
 
     kept: by part, with nothing recomputed. entry: the layer's input, all that full recomputation keeps. results:
-    outputs of matrices and attention, which selective recomputation keeps beside the entry. work: gradients and copies
+    outputs of matrices and attention, which selective recomputation keeps beside the entry; attention_results: those of
+    its attention. work: gradients and copies
     that live for a moment in its backward pass. forward_work: the same of its forward pass.
     """
 
     kept: dict[str, int] = field(default_factory=dict)
     entry: int = 0
     results: int = 0
+    attention_results: int = 0
     work: int = 0
     forward_work: int = 0
 
@@ -68,7 +70,7 @@ def layer_activations(job: Job, layer: int) -> LayerActivations:
         found.add("weights in compute type", whole_elements(job, cast) * job.program.cast)
     before = found.total
     attention_work = _attention(job, block, f"{path}.self_attn", found)
-    attention = found.total - before
+    attention, found.attention_results = found.total - before, found.results
     mlp_work = _mlp(job, block, f"{path}.mlp", found)
     mlp = found.total - before - attention
     # When attention runs backward, what the MLP kept is gone.

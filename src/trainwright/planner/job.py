@@ -120,7 +120,8 @@ class Job:
         return [LayerGroup(layer, count, self.by_layer.get(layer, ())) for layer, count in counts.items()]
 
     def outer(self, stage: Stage) -> tuple[Parameter, ...]:
-        """Embedding, final norm and head, as far as the stage has them. A tied head's stage has the token table too."""
+        """Embedding, final norm and head, as far as the stage has them. A tied head's stage has the token table too; a
+        rank with both ends of a pipeline (zbv) has it twice."""
         tied = self.config.lm_head.tied
 
         def here(item: Parameter) -> bool:
@@ -128,7 +129,10 @@ class Job:
                 return stage.head
             return stage.embedding or (tied and stage.head and item.name.startswith("embed_tokens."))
 
-        return tuple(item for item in self.by_layer[None] if here(item))
+        found = tuple(item for item in self.by_layer[None] if here(item))
+        if tied and self.layout.pp > 1 and stage.embedding and stage.head:
+            found += tuple(item for item in found if item.name.startswith("embed_tokens."))
+        return found
 
     @property
     def trained(self) -> frozenset[str]:

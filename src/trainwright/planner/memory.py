@@ -294,7 +294,10 @@ class _Walk:
         each = program.logits
         if program.name == "trainwright" and job.layout.tp > 1:
             each = 4 if program.compute == 4 else 6  # over a split vocabulary, softmax is taken in place
-        parts = {"logits": int(chunk * vocab * each), "loss": self._loss_kept()}
+        logits = chunk * vocab * each
+        if self._head_trained():  # a product for the head's gradient comes when only the logits' gradient is left
+            logits = max(logits, chunk * vocab * program.compute + self._head_elements() * program.head_product)
+        parts = {"logits": int(logits), "loss": self._loss_kept()}
         if self._head_trained():
             parts["head's gradient"] = self._head_elements() * program.head_work
             if not job.fsdp:

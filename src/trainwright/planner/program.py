@@ -96,6 +96,8 @@ class Program:
     """Tokens whose logits exist at once; 0: all of the micro batch."""
     head_work: int = 8
     """What the loss holds beside its gradient, an element of a trained head."""
+    head_product: int = 0
+    """What one product of the head's gradient holds before it is added, an element of a trained head."""
     optimizer_work: int = 0
     """A trained parameter of this rank's shard while the optimizer steps."""
 
@@ -142,6 +144,8 @@ class Program:
     """Fixed time of an optimizer step."""
     optimizer_seconds: float = 0.0
     """Seconds for each 1e9 parameters of a rank's shard in the optimizer, beside memory traffic."""
+    tensor_seconds: float = 0.0
+    """Seconds for each trained tensor in the optimizer, where it is stepped by a kernel of its own."""
     overlap: float = 1.0
     """Share of the calibration's overlap that this program reaches; 0: communication hides behind nothing."""
 
@@ -191,7 +195,8 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         # One chunk in float32 and its gradient in the compute type, on a CPU in float32 twice. The head's gradient in
         # float32: products are added in place, on a CPU in bf16 as tensors of their own (in the compute type first).
         logits=8 if compute == 4 else 10 if cpu else 6,
-        head_work=10 if cpu and compute != 4 else 4,
+        head_work=4,
+        head_product=6 if cpu and compute != 4 else 0,
         attention="cudnn" if recipe.model.attention in ("auto", "cudnn") else "flash",
         loss_chunk=train.loss_chunk,
         # Compiled layers fuse norms, rotation, activation and residuals into a few passes (`benchmarks/floor.py`).
@@ -199,6 +204,9 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         inner_traffic=(18.0 if compiled else 50.0) * compute / 2,
         logits_traffic=34.0 if cpu or recipe.parallel.tp > 1 else 18.0,
         head_traffic=12.0 if cpu and compute != 4 else 8.0,
+        # `triton_quantized.py` reaches 2.5 to 3.5 TB/s of an H200's 4.3; `triton_adamw8bit.py` starts once a tensor.
+        unpack_passes=1.0 if cpu else 1.3,
+        tensor_seconds=1.8e-5 if train.optimizer == "adamw8bit" and not cpu else 0.0,
         kernels=_host_work(recipe, world_size, compiled),
         reducing_layers=0.0 if cpu else 1.0,
         workspace_gib=0.0 if cpu else 0.03,
@@ -207,11 +215,14 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
 
 def _host_work(recipe: Recipe, world_size: int, compiled: bool) -> int:
     """What the host does for a layer, in starts of a kernel: Python, autograd and the dispatcher take several times as
-    long as the kernels' own starts, and so do the hooks that gather weights and cut activations. Fitted to a 1B Llama
-    with rows of 1024 on H200s, not compiled (`docs/performance.md`, layouts on four GPUs)."""
+    long as the kernels' own starts, and so do the hooks that gather weights and cut activations. Fitted on H200s to a
+    1B Llama with rows of 1024, not compiled (`docs/performance.md`, layouts on four GPUs); with adapters, whose
+    operations go through Python, compiled or not, to a Llama-3-8B with a row of 512 (`planner_qlora_h200_1`)."""
+    if recipe.train.cuda_graph:  # a recorded pass is started once
+        return 0
     parallel = recipe.parallel
     tensor, context = (60, 60) if compiled else (420, 200)  # compiled layers have these collectives in their graph
-    work = 120 if compiled else 600
+    work = 1900 if recipe.adapter else 120 if compiled else 600
     if world_size > 1:
         work += 280 if parallel.pp == 1 else 40  # stages keep their weights gathered
     work += tensor if parallel.tp > 1 else 0

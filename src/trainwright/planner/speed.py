@@ -11,7 +11,7 @@ from functools import cached_property, partial
 
 from trainwright.planner.activations import kind_activations
 from trainwright.planner.collectives import Wires
-from trainwright.planner.hardware import GIGA, TERA
+from trainwright.planner.hardware import GIB, GIGA, TERA
 from trainwright.planner.job import Job, LayerGroup, Stage
 from trainwright.planner.states import group_bytes, group_elements, stage_states, whole_bytes, whole_elements
 from trainwright.planner.work import Work, head_work, kind_work, kv_width
@@ -146,7 +146,7 @@ class _StageTime:
     def _layer(self, work: Work, group: LayerGroup) -> dict[str, float]:
         """One layer: its computation, what is computed again, and the communication that shows."""
         parts = {name: forward + backward for name, (forward, backward) in work.parts.items()}
-        again = self._again(work)
+        again = self._again(work, group.layer)
         if again:
             parts["recompute"] = again
         parts["activations to host"] = self._host_travel(work, group.layer)
@@ -174,13 +174,29 @@ class _StageTime:
         one = kind_activations(job, layer).held(job.recompute) / (job.cluster.card.host_link * GIGA)
         return max(0.0, one - work.forward) + max(0.0, one - work.backward)
 
-    def _again(self, work: Work) -> float:
-        """Seconds of recomputation."""
-        if self.job.recompute == "full":
-            return work.forward * self.program.recompute
-        if self.job.recompute == "selective":
-            return work.forward_of("norms", "activation") * self.program.recompute
-        return 0.0
+    def _again(self, work: Work, layer: int) -> float:
+        """Seconds of recomputation, the mean of the stage's layers; pieces of an MLP (`mlp_tokens`) once more in it."""
+        job, tile = self.job, self.job.recipe.parallel.mlp_tokens
+        attention, mlp = work.forward_of("attention"), work.forward_of("mlp")
+        beside = work.forward_of("adapters", "unpacking", "rounding") * mlp / max(attention + mlp, 1e-12)
+        inner = mlp + beside + work.forward_of("activation")
+        least = work.forward_of("norms", "activation")
+        everything, results, of_attention = float(job.recompute == "none"), float(job.recompute == "selective"), 0.0
+        if job.recompute == "selective" and job.recipe.parallel.recompute_memory is not None and self.program.compiled:
+            results, of_attention = self._levels(layer, job.recipe.parallel.recompute_memory * GIB)
+        again = results * least + of_attention * (least - work.forward_of("activation") + inner)
+        again += (1 - everything - results - of_attention) * work.forward
+        return (again + (inner if tile is not None and tile < job.tokens else 0.0)) * self.program.recompute
+
+    def _levels(self, layer: int, memory: float) -> tuple[float, float]:
+        """Shares of layers that keep (all results, those of attention) within `memory` bytes; the others keep their
+        input: the rule of `parallel/budget.py`."""
+        kept, layers = kind_activations(self.job, layer), max(1, len(self.stage.layers))
+        memory /= self.stage.in_flight
+        several = min(layers, memory // max(1, kept.attention_results))
+        more = max(1, kept.results - kept.attention_results)
+        whole = min(layers, (memory - several * kept.attention_results) // more) if several == layers else 0
+        return whole / layers, (several - whole) / layers
 
     def _adding_up(self, trained: int) -> float:
         """Seconds in which a micro batch's gradients are added to those that wait: both are read, the sum is written.
@@ -258,7 +274,9 @@ class _StageTime:
         if job.states_in_host:
             return self._host_update(trained, states.weights + states.quantized + states.adapters)
         moved = 2 * states.optimizer + 2 * states.gradients + 2 * trained * program.trained
-        return moved / bandwidth + program.step_seconds + trained / 1e9 * program.optimizer_seconds
+        tensors = sum(item.trained for group, _ in self.works for item in group.parameters for _ in range(group.count))
+        starts = tensors * program.tensor_seconds
+        return moved / bandwidth + program.step_seconds + trained / 1e9 * program.optimizer_seconds + starts
 
     def _host_update(self, trained: float, weights: int) -> float:
         """All weights (bytes) up for every gather, frozen ones too, gradients of `trained` ones down, and an update

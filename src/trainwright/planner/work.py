@@ -224,6 +224,11 @@ def _experts(job: Job, roofline: Roofline, work: Work, part: MoeConfig, path: st
     work.add("activation", (moved / 3, moved * 2 / 3))
 
 
+SLICED_TRAFFIC = 80.0
+"""Bytes that move for each logit of a head in fewer bits: maximum, exponentials, sums and gradient are operations of
+their own, and each slice's gradient is added to a float32 total."""
+
+
 def head_work(job: Job) -> Work:
     """Head and loss of one micro batch; our loss makes the gradients in its forward pass, which changes no sum."""
     roofline, head, tp = Roofline(job), job.config.lm_head, job.layout.tp
@@ -236,6 +241,10 @@ def head_work(job: Job) -> Work:
     flops = 2 * job.tokens * head.in_features * columns
     work.count(flops, flops * (2 if trained else 1))
     size = job.tokens * columns * job.program.logits_traffic
+    if head.quantization is not None and job.program.name == "trainwright":  # `adapt/head.py`: two passes over slices
+        work.add("head", (forward, 0.0))
+        work.count(flops, 0.0)
+        size = job.tokens * columns * SLICED_TRAFFIC
     if trained and job.program.head_traffic:
         chunk = chunk_tokens(job.program, job.tokens, int(columns), "gpu")
         size += job.tokens / chunk * head.in_features * columns * job.program.head_traffic

@@ -133,6 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x = x_MH[part].masked_fill(~kept[:, None], 0.0)
             logits = _matmul_float32(x, weight_VH.t())
             logits = logits.add_(bias_V) if bias_V is not None else logits
+            grad: Tensor | None
             if fused:
                 grad, loss_M = fused(logits, label, x.dtype)
             else:

@@ -262,4 +262,3 @@ def _triton(name: str, codes: Tensor, columns: int) -> Callable[..., Any] | None
     from trainwright.model.kernels import triton_quantized
 
     return getattr(triton_quantized, name)
-

@@ -1,7 +1,7 @@
 """Loss and gradient of a chunk of logits in two readings and one writing. What it must match is `cross_entropy.py`.
 
-As separate operations (log softmax, exponential, one-hot, cast) the same is five passes and two more tensors as large as
-the logits. The running maximum is that of online softmax (Milakov & Gimelshein 2018).
+As separate operations (log softmax, exponential, one-hot, cast) the same is five passes, and tensors one and a half
+times as large as the logits live beside them. The running maximum is online softmax's (Milakov & Gimelshein 2018).
 """
 
 # Kernels are written without type annotations: Triton reads its own from them.
