@@ -7,6 +7,7 @@ import pytest
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -60,12 +61,12 @@ def test_transpose(card):
 
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("guarded", [True, False])
-def test_adamw8bit(card, guarded):
+@pytest.mark.parametrize("weight", [tl.float32, tl.bfloat16], ids=str)
+def test_adamw8bit(card, guarded, weight):
     from trainwright.train.triton_adamw8bit import _adamw_kernel
 
-    moments = ["*u8", "*fp32", "*u8", "*fp32"]
-    types = ["*fp32", "*fp32", *moments, *["*fp32"] * 3, *["*fp32"] * 4, *["fp32"] * 5, "i32", "i32"]
-    constants = {"SCALED": guarded, "GUARDED": guarded, "SIZE": 256, "BLOCKS": 8}
+    types = ["*i64", "*i32", "*i32", "*fp32", "*fp32", *["*fp32"] * 4, *["fp32"] * 5, "i32"]
+    constants = {"WEIGHT": weight, "GRAD": tl.float32, "SCALED": guarded, "GUARDED": guarded, "SIZE": 256, "BLOCKS": 8}
     assert compiled(_adamw_kernel, types, constants, card)
 
 

@@ -5,7 +5,7 @@ a block. Blocks do not cross rows, so the states of a sharded parameter are shar
 any number of ranks. Small parameters keep float32 moments.
 
 Why not a library's: bitsandbytes' and torchao's cannot be refused a step by the device (NaN), so the host would wait in
-every step, and bitsandbytes' knows no sharded tensors. On a GPU one Triton kernel a parameter, `triton_adamw8bit.py`.
+every step, and bitsandbytes' knows no sharded tensors. On a GPU one Triton kernel for all, `triton_adamw8bit.py`.
 """
 
 from __future__ import annotations
@@ -85,19 +85,24 @@ class AdamW8bit(Optimizer):
                 continue
             steps = [self.state[parameter]["step"] for parameter in trained]
             torch._foreach_add_(steps, 1.0 if self.found_inf is None else 1.0 - self.found_inf)
-            for parameter in trained:
-                self._update(parameter, group)
+            self._update(trained, group)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        weight, grad = _local(parameter), _local(parameter.grad)  # type: ignore[arg-type]
-        if weight.numel() == 0:  # this rank's shard has no row
-            return
-        state = {key: _local(value) for key, value in self.state[parameter].items()}
+    def _update(self, trained: list[Tensor], group: dict[str, Any]) -> None:
         settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        update = _update_plain
-        if weight.is_cuda and "exp_avg_scale" in state:
+        together = []
+        for parameter in trained:
+            weight, grad = _local(parameter), _local(parameter.grad)  # type: ignore[arg-type]
+            state = {key: _local(value) for key, value in self.state[parameter].items()}
+            if weight.numel() == 0:  # this rank's shard has no row
+                continue
+            if weight.is_cuda and "exp_avg_scale" in state:
+                together.append((weight, grad, state))
+            else:
+                _update_plain(weight, grad, state, settings, self.grad_scale, self.found_inf)
+        if together:
             from trainwright.train.triton_adamw8bit import update
-        update(weight, grad, state, settings, self.grad_scale, self.found_inf)
+
+            update(together, settings, self.grad_scale, self.found_inf)
 
 
 def _local(tensor: Tensor) -> Tensor:
