@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainwright.cli.options import Interrupted, Json, Overrides, print_table
+from trainwright.cli.options import Interrupted, Json, Overrides, finite, print_table
 from trainwright.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,10 +34,14 @@ def bench(
     compare: Annotated[
         str | None, typer.Option(help="what stands beside: a published document such as 002, or a results.json")
     ] = None,
-    memory_gib: Annotated[float | None, typer.Option(min=0.001, help="act as a card with this much memory")] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(callback=finite, min=0.001, help="act as a card with this much memory")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="measured steps of every cell")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="steps before them")] = None,
-    time_limit: Annotated[float | None, typer.Option(min=1, help="seconds after which a cell is ended")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(callback=finite, min=1, help="seconds after which a cell is ended")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measures a matrix of recipe variations and writes its tables.

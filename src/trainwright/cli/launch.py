@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainwright.cli.options import Overrides, RecipeName
+from trainwright.cli.options import Overrides, RecipeName, finite
 from trainwright.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def launch(
     nodes: Annotated[int, typer.Option(min=1, help="machines")] = 2,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of each machine")] = 8,
     cpus: Annotated[int, typer.Option(min=1, help="CPU cores for each GPU")] = 8,
-    hours: Annotated[float, typer.Option(min=0.1, help="SLURM: the longest it may run")] = 24.0,
+    hours: Annotated[float, typer.Option(callback=finite, min=0.1, help="SLURM: the longest it may run")] = 24.0,
     image: Annotated[str, typer.Option(help="Kubernetes: a container image with Trainwright in it")] = "trainwright",
     claim: Annotated[str, typer.Option(help="Kubernetes: the volume claim that all machines share")] = "trainwright",
     mount: Annotated[str, typer.Option(help="Kubernetes: where the claim is seen")] = "/data",

@@ -1,5 +1,6 @@
 """Arguments and options that several verbs share."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,13 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+
+
+def finite(value: float | None) -> float | None:
+    """A callback of options with a least value, which NaN is not below."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number that can be counted with")
+    return value
 
 
 class Interrupted(SystemExit):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainwright.cli.options import Json, Overrides, RecipeName, check_new_recipe
+from trainwright.cli.options import Json, Overrides, RecipeName, check_new_recipe, finite
 
 
 def plan(
@@ -25,7 +25,7 @@ def plan(
         float | None, typer.Option(help="GB/s out of one machine, all its network cards together; default: 400")
     ] = None,
     memory_gib: Annotated[float | None, typer.Option(help="act as a card with this much memory")] = None,
-    price: Annotated[float | None, typer.Option(min=0, max=1e9, help="money for one GPU hour")] = None,
+    price: Annotated[float | None, typer.Option(callback=finite, min=0, max=1e9, help="money for one GPU hour")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="rows of the data, for recipes that count epochs")] = None,
     search: Annotated[bool, typer.Option("--search", help="rank all layouts, micro batches, recomputation")] = False,
     keep: Annotated[int, typer.Option(min=1, help="rows of the table that --search prints")] = 20,

@@ -274,9 +274,7 @@ class _StageTime:
         if job.states_in_host:
             return self._host_update(trained, states.weights + states.quantized + states.adapters)
         moved = 2 * states.optimizer + 2 * states.gradients + 2 * trained * program.trained
-        tensors = sum(item.trained for group, _ in self.works for item in group.parameters for _ in range(group.count))
-        starts = tensors * program.tensor_seconds
-        return moved / bandwidth + program.step_seconds + trained / 1e9 * program.optimizer_seconds + starts
+        return moved / bandwidth + program.step_seconds + trained / 1e9 * program.optimizer_seconds
 
     def _host_update(self, trained: float, weights: int) -> float:
         """All weights (bytes) up for every gather, frozen ones too, gradients of `trained` ones down, and an update
