@@ -9,17 +9,20 @@ import sys
 from typing import Any
 
 import typer
+import typer.core
 
 from trainwright.cli import align, bench, chat, convert, doctor, launch, plan, prepare, prove, recipes, train
 from trainwright.cli.options import INTERRUPTED, Interrupted
 from trainwright.errors import UserError
+
+typer.core.HAS_RICH = False  # plain help: rich's boxes would take half of the time that --help has
 
 app = typer.Typer(
     name="trainwright",
     help="Plans, trains, measures and proves LLM training runs, from one recipe.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 app.add_typer(recipes.app, name="recipes")
 app.command("models")(recipes.models)
