@@ -41,18 +41,41 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _forward(x_MI: Tensor, format: str, pieces: list[Tensor], columns: int, bias: Tensor | None) -> Tensor:
+# Where an adapter's product is asked for too (`low`), the large product adds to the small one as it writes: one pass
+# over the result less than the other way round. That of fp8 cannot.
+
+
+def _forward(
+    x_MI: Tensor,
+    format: str,
+    pieces: list[Tensor],
+    columns: int,
+    bias: Tensor | None,
+    low: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """x W^T + b; with `low` (x A^T [M, R], B^T [R, O], scale) the adapter's product beside it."""
     bias = bias if bias is None else bias.to(x_MI.dtype)
     if format == "fp8":
         y = quantized.fp8_linear(x_MI, *quantized.as_bytes(pieces))
-        return y if bias is None else y.add_(bias)
-    return F.linear(x_MI, _weight(format, pieces, columns, x_MI.dtype), bias)
+        y = y if bias is None else y.add_(bias)
+        return y if low is None else y.addmm_(low[0], low[1], alpha=low[2])
+    weight = _weight(format, pieces, columns, x_MI.dtype)
+    if low is None:
+        return F.linear(x_MI, weight, bias)
+    low_MR, up_RO, scale = low
+    y = (low_MR * scale) @ up_RO if bias is None else torch.addmm(bias, low_MR, up_RO, alpha=scale)
+    return y.addmm_(x_MI, weight.t())
 
 
-def _backward(grad_MO: Tensor, format: str, pieces: list[Tensor], columns: int) -> Tensor:
+def _backward(
+    grad_MO: Tensor, format: str, pieces: list[Tensor], columns: int, low: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """grad W; with `low` (scale grad B [M, R], A [R, I]) the adapter's product beside it."""
     if format == "fp8":
-        return quantized.fp8_linear_backward(grad_MO, *quantized.as_bytes(pieces))
-    return grad_MO @ _weight(format, pieces, columns, grad_MO.dtype)
+        grad_x = quantized.fp8_linear_backward(grad_MO, *quantized.as_bytes(pieces))
+        return grad_x if low is None else grad_x.addmm_(*low)
+    weight = _weight(format, pieces, columns, grad_MO.dtype)
+    return grad_MO @ weight if low is None else (low[0] @ low[1]).addmm_(grad_MO, weight)
 
 
 def _product_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -98,13 +121,8 @@ def lora_linear_op(
     scale: float,
 ) -> Tensor:
     """`low_MR` is x A^T and A itself is not read: it stands here for its gradient."""
-    x_MI, up_RO = _rows(x), b.to(x.dtype).t()
-    if format == "fp8":
-        y_MO = _forward(x_MI, format, pieces, x.shape[-1], bias)
-        y_MO.addmm_(low_MR, up_RO, alpha=scale)
-    else:  # the large product adds to the small one as it writes: one pass over y less than the other way round
-        y_MO = (low_MR * scale) @ up_RO if bias is None else torch.addmm(bias.to(x.dtype), low_MR, up_RO, alpha=scale)
-        y_MO.addmm_(x_MI, _weight(format, pieces, x.shape[-1], x.dtype).t())
+    low = low_MR, b.to(x.dtype).t(), scale
+    y_MO = _forward(_rows(x), format, pieces, x.shape[-1], bias, low)
     return y_MO.view(*x.shape[:-1], y_MO.shape[-1])
 
 
@@ -140,12 +158,7 @@ def lora_linear_backward_op(
     grad_b = _product_float32(grad_MO.t(), low_MR).mul_(scale).to(b.dtype)
     if not needs_x:
         return x.new_empty(0), grad_a, grad_b
-    if format == "fp8":
-        grad_x = _backward(grad_MO, format, pieces, a.shape[1])
-        grad_x.addmm_(grad_low_MR, a.to(x.dtype))
-    else:
-        grad_x = grad_low_MR @ a.to(x.dtype)
-        grad_x.addmm_(grad_MO, _weight(format, pieces, a.shape[1], x.dtype))
+    grad_x = _backward(grad_MO, format, pieces, a.shape[1], (grad_low_MR, a.to(x.dtype)))
     return grad_x.view(x.shape), grad_a, grad_b
 
 
