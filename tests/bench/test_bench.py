@@ -261,14 +261,14 @@ def test_a_crash_ends_one_cell(runner, gpus):
 
 
 def test_a_hang_ends_at_the_time_limit(runner):
-    rows = [{"name": "hang", "gpus": 2, "measured_steps": 100_000, "time_limit_seconds": 10}]
+    rows = [{"name": "hang", "gpus": 2, "measured_steps": 100_000, "time_limit_seconds": 30}]
     with fresh(runner) as display:
         display.strike = strike(runner, signal.SIGSTOP)
         began = time.monotonic()
         row = runner.measure(cells(rows)[0])
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 90
         assert row["status"] == "timeout"
-        assert row["line"].startswith("ended at its time limit of 10 s, after step ")
+        assert row["line"].startswith("ended at its time limit of 30 s, after step ")
         assert row["steps_done"] < 100_000
 
 
