@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -22,11 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainwright.bench import result
+from trainwright.bench import runner as runners
 from trainwright.bench.cell import Cell, cells_of, expected_seconds, here, predict
 from trainwright.bench.find import check_find, find_limit, planned_limit, probe, search
 from trainwright.bench.matrix import Matrix
 from trainwright.bench.processes import Ended, descendants, fork_is_fit, forks_would_be_fit
-from trainwright.bench.runner import Runner, run_cells
+from trainwright.bench.runner import Places, Runner, run_cells
 from trainwright.cli import main
 from trainwright.errors import UserError
 from trainwright.planner.hardware import cluster_of
@@ -85,8 +86,9 @@ def fresh(runner: Runner) -> Iterator[Recorder]:
 
 
 def warm_pid(runner: Runner) -> int:
-    assert runner.warm._process is not None
-    return runner.warm._process.pid
+    warm = runner.warm[()]
+    assert warm._process is not None
+    return warm._process.pid
 
 
 def test_rows_of_one_and_of_two_processes(runner):
@@ -503,6 +505,65 @@ def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, matrix):
     assert "(kept)" in done.stderr
     assert json.loads(done.stdout)["rows"] == rows
     assert (tmp_path / "benches/m/index.html").exists()
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two cells side by side want two cores")
+def test_cells_side_by_side_and_ctrl_c_among_them(tmp_path, matrix):
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": listens}
+    command = [*PROGRAM, str(matrix), "--side-by-side"]
+    said = []
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), **pipes) as process:
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("1/2 first: ok"):
+                break
+        assert any(line.startswith("... long") for line in said)  # began before the first was done
+        below = list(descendants(process.pid))
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert rest == "trainwright: interrupted with 1 of 2 cells finished; the same command goes on\n"
+    assert len(below) >= 2  # a warm process for each
+    assert not any(Path(f"/proc/{pid}").exists() for pid in below)
+    assert [row["name"] for row in json.loads((tmp_path / "benches/m/results.json").read_text())["rows"]] == ["first"]
+
+
+class Occupied:
+    """In place of a warm process: takes its time, and knows who had its devices at once."""
+
+    now: ClassVar[set[str]] = set()
+    most = 0
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.mine = set(environment["CUDA_VISIBLE_DEVICES"].split(","))
+
+    def run(self, folder: Path, gpus: int, limit: float, waiting: Callable[[], None]) -> Ended:
+        assert len(self.mine) == gpus
+        assert not self.mine & Occupied.now
+        Occupied.now |= self.mine
+        Occupied.most = max(Occupied.most, len(Occupied.now))
+        time.sleep(0.05)
+        Occupied.now = Occupied.now - self.mine
+        return Ended(1, False, 0.05)
+
+    def close(self) -> None: ...
+
+
+def test_no_two_cells_have_one_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(runners, "Warm", Occupied)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")  # the machine's, as a scheduler gave them
+    sizes = (1, 2, 1, 4, 1, 1, 2, 4, 1)
+    rows = [{"name": f"{n}", "gpus": gpus, "set": {"train.seed": n}} for n, gpus in enumerate(sizes)]
+    asked = cells([*rows, {**rows[-1], "name": "the last under another name"}])
+    with Runner(tmp_path, Recorder(), side_by_side=True) as made:
+        made.gpus, made.places = 4, Places(4)
+        results = run_cells(made, asked, "side by side")
+    assert [row["name"] for row in results["rows"]] == [cell.name for cell in asked]
+    assert {row["status"] for row in results["rows"]} == {"crashed"}
+    assert Occupied.most == 4
+    assert not Occupied.now
+    assert {device for devices in made.warm for device in devices} == {0, 1, 2, 3}
 
 
 @pytest.fixture

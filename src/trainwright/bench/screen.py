@@ -31,8 +31,8 @@ class Screen:
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.title, self.total = title, total
         self.rows: list[Row] = []
-        self.now = ""
-        self._began = time.monotonic()
+        self.now: dict[str, str] = {}  # where each cell that runs stands
+        self._began: dict[str, float] = {}
         self._live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
 
     def __enter__(self) -> Screen:
@@ -42,13 +42,13 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self.now = ""
+            self.now.clear()
             self._live.update(self._table())
             self._live.stop()
 
     def begin(self, cell: Cell) -> None:
         """A cell starts."""
-        self._began = time.monotonic()
+        self._began[cell.name] = time.monotonic()
         self.progress(cell, None)
         if self._live is None:
             self._say(f"... {cell.name}: {cell.steps} steps on {cell.gpus} process{'es' if cell.gpus > 1 else ''}")
@@ -57,14 +57,15 @@ class Screen:
         """Where it stands; `line`: its newest of metrics.jsonl."""
         if self._live is None:
             return
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._began[cell.name]
         step = f"step {line['step']}/{cell.steps}" if line else "starting"
-        self.now = f"{cell.name}: {step}, {seconds:.0f} s of {cell.setting.time_limit_seconds:g}"
+        self.now[cell.name] = f"{cell.name}: {step}, {seconds:.0f} s of {cell.setting.time_limit_seconds:g}"
         self._live.update(self._table())
 
     def done(self, row: Row, *, kept: bool) -> None:
         """A row is there."""
         self.rows.append(row)
+        self.now.pop(row["name"], None)
         if self._live is not None:
             self._live.update(self._table())
         else:
@@ -78,7 +79,8 @@ class Screen:
     def _table(self) -> Table:
         table = rich_table(self.title, self.rows, [column for column in COLUMNS if column.key in SHOWN])
         if self.now:
-            table.caption = f"{len(self.rows)} of {self.total}; {self.now}" if self.total else self.now
+            now = "\n".join(self.now.values())
+            table.caption = f"{len(self.rows)} of {self.total}; {now}" if self.total else now
         return table
 
 

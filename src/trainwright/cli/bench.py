@@ -27,6 +27,9 @@ def bench(
     only: Annotated[str | None, typer.Option(help="rows whose names match this pattern with *")] = None,
     folder: Annotated[Path | None, typer.Option(help="where results go; default: benches/NAME")] = None,
     again: Annotated[bool, typer.Option("--again", help="run finished cells again")] = False,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="cells that need fewer GPUs than there are share the machine")
+    ] = False,
     made: Annotated[bool, typer.Option("--made", help="random weights and made tokens instead of files")] = False,
     find: Annotated[
         str | None, typer.Option(help="search max_micro_batch or max_seq_len of every cell by running")
@@ -70,7 +73,7 @@ def bench(
     if dry_run:
         _dry_run(choose(cells, only), where, again, gpu, as_json)
         return
-    results = _run(asked, cells, only, where, find, again, beside)
+    results = _run(asked, cells, only, where, find, again, side_by_side, beside)
     if as_json:
         print(json.dumps(results))
     if not any(row["status"] in ("ok", "oom") for row in results["rows"]):
@@ -84,6 +87,7 @@ def _run(
     where: Path,
     find: str | None,
     again: bool,
+    side_by_side: bool,
     beside: "Callable[[Cell, dict[str, Any]], dict[str, Any] | None]",
 ) -> dict[str, Any]:
     """Everything runs; then the files."""
@@ -94,7 +98,7 @@ def _run(
     from trainwright.bench.screen import Screen
 
     total = 0 if find else len(choose(cells, only))
-    with Screen(asked.title, total) as screen, Runner(where, screen, again=again) as runner:
+    with Screen(asked.title, total) as screen, Runner(where, screen, again=again, side_by_side=side_by_side) as runner:
         what = check_find(find, cells, runner.gpus)
         signal.signal(signal.SIGTERM, _interrupt)
         counts = _counts(asked)
@@ -110,7 +114,7 @@ def _run(
                 **counts,
             )
         except KeyboardInterrupt:
-            runner.warm.close()
+            runner.close()
             chosen = choose(cells, only)
             finished = sum(runner.kept(cell) is not None for cell in chosen)
             line = f"interrupted with {finished} of {len(chosen)} cells finished; the same command goes on"
