@@ -7,6 +7,7 @@ from torch import nn
 from trainwright.train import adamw8bit
 from trainwright.train.adamw8bit import AdamW8bit, compress, decompress
 from trainwright.train.lion import Lion
+from trainwright.train.muon import Muon
 from trainwright.train.optimizer import build_optimizer
 
 
@@ -173,6 +174,27 @@ def test_muon_steps_along_the_orthogonal_matrix_next_to_the_gradient():
     assert sizes.min() > 0.6  # five Newton-Schulz steps bring singular values near 1, not to 1
     assert sizes.max() < 1.3
     assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ vh).flatten(), 0) > 0.98
+
+
+def test_muon_takes_matrices_of_one_shape_together_and_each_as_if_alone(monkeypatch):
+    """Beside torch's, which goes through them one after another; ours also in batches that end between them."""
+    monkeypatch.setattr("trainwright.train.muon.BATCH_ELEMENTS", 2 * 64 * 128)
+    torch.manual_seed(0)
+    shapes = [(64, 128), (128, 64), (64, 128), (32, 32), (64, 128)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizer = Muon(ours, 0.9, 0.1)
+    optimizer.param_groups[0]["lr"] = 0.01
+    reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        reference.step()
+    size = 0.01 * 0.2 * 128**0.5
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=3 * 0.02 * size, rtol=0)  # theirs rounds to bfloat16
 
 
 def test_adafactor_by_hand():

@@ -17,6 +17,7 @@ from trainwright.errors import UserError
 from trainwright.train.adafactor import Adafactor
 from trainwright.train.adamw8bit import AdamW8bit
 from trainwright.train.lion import Lion
+from trainwright.train.muon import Muon
 
 # Devices whose torch has fused AdamW and SGD kernels.
 FUSED_DEVICES = ("cuda", "cpu", "xpu", "mps", "mtia")
@@ -135,18 +136,13 @@ def _groups(trained: Mapping[str, Tensor], weight_decay: float) -> list[dict[str
 def _muon(
     trained: Mapping[str, Tensor], momentum: float, weight_decay: float, adamw: dict[str, Any]
 ) -> list[Optimizer]:
-    """Muon (Jordan et al. 2024) on the matrices of the layers, AdamW on embeddings, head, experts, norms and biases.
-
-    Updates are scaled to AdamW's size (Liu et al. 2025, "Muon is scalable", section 2.2), so one learning rate serves
-    both.
-    """
+    """Muon on the matrices of the layers, AdamW on embeddings, head, experts, norms and biases; one rate for both."""
     inside = {key for key, tensor in trained.items() if key.startswith("layers.") and tensor.ndim == 2}
     hidden = [trained[key] for key in trained if key in inside]
     rest = {key: tensor for key, tensor in trained.items() if key not in inside}
     parts: list[Optimizer] = []
     if hidden:
-        options: dict[str, Any] = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
-        parts.append(torch.optim.Muon(hidden, lr=0.0, weight_decay=weight_decay, **options))
+        parts.append(Muon(hidden, momentum, weight_decay))
     if rest:
         parts.append(torch.optim.AdamW(_groups(rest, weight_decay), **adamw))
     return parts
