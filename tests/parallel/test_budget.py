@@ -53,6 +53,19 @@ def test_less_is_kept_at_each_level():
     assert kept["all"] > kept["attention"] > kept["input"]
 
 
+def test_attention_is_kept_alike_whichever_matrices_have_adapters():
+    """Products with and without adapters are different operations; the MLP's count among neither."""
+    kept = []
+    for targets in ("all-linear", ["q_proj", "v_proj"], ["o_proj", "down_proj"]):
+        torch._dynamo.reset()
+        built = model(targets=targets)
+        budget = apply_budget(built.layers.values(), 1.0, compile_=aot)
+        gradients(built)
+        kept.append(budget.kept["attention"])
+    inner = 64 * built.config.layers[0].mlp.intermediate_size * 4  # one result inside the MLP, 64 tokens in float32
+    assert max(kept) - min(kept) < inner, kept
+
+
 def test_the_choice_by_hand():
     budget = Budget(100.0, layers=4)
     budget.kept = {"attention": 20, "all": 50}

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from trainwright.parallel.recompute import GIB, KEPT, PRODUCTS, Numbered, checkpointed, keep_all
+from trainwright.parallel.recompute import ATTENTION, BATCHED, GIB, KEPT, PRODUCTS, checkpointed, keep_all
 
 Level = Literal["all", "attention", "input"]
 """all: what selective recompute keeps, products and attention. Left to itself the compiler would keep norms and
 activations too, 17 tensors of the stream's size in a Llama-3-8B layer where these are 10.5. attention: of the products
-only those of the four projections; the MLP's (over half of a layer's arithmetic, two thirds of these bytes) are
-computed again."""
-PROJECTIONS = 4
-"""Of queries, keys, values and output: the first products of a layer."""
+only those of the projections, up to the one that follows attention; the MLP's (over half of a layer's arithmetic, two
+thirds of these bytes) are computed again."""
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -101,14 +99,25 @@ def _attention_contexts() -> Any:
     return create_selective_checkpoint_contexts(_KeepAttention())
 
 
-class _KeepAttention(Numbered):
-    """Keeps attention and, of each kind of product, the first four of a layer."""
+class _KeepAttention:
+    """Keeps attention, the products before it, and the first one after it; what an adapter makes of an input is narrow,
+    and kept wherever it is. Attention that is written out is a product of batches of matrices, the first such."""
+
+    def __init__(self) -> None:
+        self._after: dict[bool, int | None] = {False: None, True: None}  # products since attention, forward and again
 
     def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kept = operation in KEPT
-        if operation in PRODUCTS:
-            kept = self.number(context, operation)[1] <= PROJECTIONS
+        again, kept = bool(context.is_recompute), operation in KEPT
+        if operation in ATTENTION or (operation in BATCHED and not self._after[again]):
+            self._after[again] = 0
+        elif operation in PRODUCTS and not _narrows(operation, args) and (after := self._after[again]) is not None:
+            self._after[again], kept = after + 1, after == 0
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _narrows(operation: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a plain product leaves little of what enters."""
+    return operation == torch.ops.aten.mm.default and args[0].shape[-1] >= 8 * args[1].shape[-1]
 
 
 class _Seen:

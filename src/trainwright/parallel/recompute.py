@@ -41,9 +41,8 @@ def _existing(*names: str) -> frozenset[Any]:
     return frozenset(found - {None})
 
 
-PRODUCTS = ops.KEPT | _existing(
-    "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._scaled_mm", "aten._grouped_mm"
-)
+BATCHED = _existing("aten.bmm", "aten.baddbmm")
+PRODUCTS = ops.KEPT | BATCHED | _existing("aten.mm", "aten.addmm", "aten._scaled_mm", "aten._grouped_mm")
 ATTENTION = _existing(
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
