@@ -49,9 +49,9 @@ LITTLE = {"quantize_tables": "nf4", "train": {"optimizer": "adamw8bit"}}
 LONG = {"recompute": "full", "offload": "activations", "mlp_tokens": 4096}
 ROWS: dict[str, dict[str, Any]] = {
     "512": {"seq_len": 512, "steps": 12, "warmup": 6},
-    "8192": {"seq_len": 8192},
-    "lora": {"seq_len": 8192, "quantize": None, "peer_recompute": False},
-    "fp8": {"seq_len": 8192, "quantize": "fp8", "peers": False},
+    "8192": {"seq_len": 8192, "warmup": 6},
+    "lora": {"seq_len": 8192, "warmup": 6, "quantize": None, "peer_recompute": False},
+    "fp8": {"seq_len": 8192, "warmup": 6, "quantize": "fp8", "peers": False},
     "int8": {"seq_len": 512, "batch": 8, "rank": 8, "quantize": "int8", "keys": LLAMA2, "unsloth": False},
     "long": {"seq_len": 81920, "peers": False, "steps": 0, "warmup": 1},
     "load": {"seq_len": 512, "peers": False, "steps": 2, "warmup": 1},
@@ -68,13 +68,17 @@ OURS: dict[str, dict[str, dict[str, Any]]] = {
             "train": {"optimizer": "adamw8bit"}, "cap_gib": 24,
             "parallel": {"recompute": "selective", "recompute_memory": 14.0},
         },
+        "24 GiB, graph": {
+            "train": {"optimizer": "adamw8bit", "cuda_graph": True}, "cap_gib": 24,
+            "parallel": {"recompute": "selective", "recompute_memory": 13.5},
+        },
         "24 GiB, small tables": {
             **LITTLE, "cap_gib": 24, "parallel": {"recompute": "selective", "recompute_memory": 16.0}
         },
         "little memory": {**LITTLE, "parallel": LONG},
     },
-    "lora": {"any memory": {}},
-    "fp8": {"any memory": {}},
+    "lora": {"any memory": {}, "graph": {"train": {"cuda_graph": True}}},
+    "fp8": {"any memory": {}, "graph": {"train": {"cuda_graph": True}}},
     "int8": {
         "12.6 GB": {
             "train": {"optimizer": "adamw8bit"}, "parallel": {"recompute": "selective", "recompute_memory": 2.0},

@@ -23,8 +23,8 @@ class LayerActivations:
 
     kept: by part, with nothing recomputed. entry: the layer's input, all that full recomputation keeps. results:
     outputs of matrices and attention, which selective recomputation keeps beside the entry; attention_results: those of
-    its attention. work: gradients and copies
-    that live for a moment in its backward pass. forward_work: the same of its forward pass.
+    its attention. work: gradients and copies that live for a moment in its backward pass. forward_work: the same of its
+    forward pass.
     """
 
     kept: dict[str, int] = field(default_factory=dict)
@@ -46,6 +46,15 @@ class LayerActivations:
 
     def add(self, part: str, size: float) -> None:
         self.kept[part] = self.kept.get(part, 0) + int(size)
+
+
+def kept_levels(kept: LayerActivations, layers: int, memory: float) -> tuple[int, int]:
+    """How many compiled layers keep (all results, at least those of attention) within `memory` bytes; the others keep
+    their input: the rule of `parallel/budget.py`."""
+    several = int(min(layers, memory // max(1, kept.attention_results)))
+    more = max(1, kept.results - kept.attention_results)
+    whole = int(min(layers, (memory - several * kept.attention_results) // more)) if several == layers else 0
+    return whole, several
 
 
 def kind_activations(job: Job, layer: int) -> LayerActivations:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from trainwright.planner.activations import kind_activations
+from trainwright.planner.activations import kept_levels, kind_activations
 from trainwright.planner.hardware import GIB
 from trainwright.planner.job import Job, Stage
 from trainwright.planner.program import HEAD_SLICE, HEAD_TILE, chunk_tokens
@@ -247,7 +247,8 @@ class _Walk:
             if 0 < at < len(kinds) - 1 and kinds[at - 1] == kind == kinds[at + 1]:
                 continue  # between equal layers both change evenly: the most is at an end
             activations = self.activations[kind]
-            running = activations.work + max(0, activations.total - held[kind])
+            # Where compiled layers keep more or less, the last ones keep most.
+            running = activations.work + max(0, activations.total - (held[kind] if at else self._richest(kind)))
             parts = standing | {
                 "activations": waiting_now,
                 "a layer's backward pass": running,
@@ -258,14 +259,33 @@ class _Walk:
             best = here if best is None or here.total > best.total else best
         return best or Moment("backward", standing)
 
+    def _richest(self, layer: int) -> int:
+        """What the layer that comes back first keeps: the one of the highest level."""
+        kept, levels = self.activations[layer], self._levels(layer)
+        if levels is None:
+            return self._held(layer)
+        whole, several = levels
+        return kept.entry + (kept.results if whole else kept.attention_results if several else 0)
+
+    def _levels(self, layer: int) -> tuple[int, int] | None:
+        """How many compiled layers keep (all results, at least those of attention); None where no budget is set."""
+        memory = self.job.recipe.parallel.recompute_memory
+        if self.job.recompute != "selective" or memory is None or not self.program.compiled:
+            return None
+        return kept_levels(self.activations[layer], len(self.stage.layers), memory * GIB / self.stage.in_flight)
+
     def _held(self, layer: int) -> int:
-        """What a layer keeps for its backward pass on the device."""
+        """What a layer keeps for its backward pass on the device, in the mean of those of its kind."""
         activations, parallel = self.activations[layer], self.job.recipe.parallel
         held = activations.held(self.job.recompute)
         if self.job.recompute != "selective" or parallel.recompute_memory is None:
             return held
-        share = parallel.recompute_memory * GIB / self.stage.in_flight / max(1, len(self.stage.layers))
-        return min(held, activations.entry + int(share))
+        layers, levels = len(self.stage.layers), self._levels(layer)
+        if levels is None:  # operation by operation, as far as it goes
+            return min(held, activations.entry + int(parallel.recompute_memory * GIB / self.stage.in_flight / layers))
+        whole, several = levels
+        kept = whole * activations.results + (several - whole) * activations.attention_results
+        return min(held, activations.entry + kept // layers)
 
     def _outer_kept(self) -> int:
         """Token ids, labels, positions, rotary tables."""

@@ -136,6 +136,10 @@ class Program:
     """How often a quantized weight's bytes, packed and unpacked, move to make it ready for one product."""
     kernels: int = 60
     """Host time of a layer, forward and backward, in starts of a kernel: it bounds small models and short rows."""
+    adapter_kernels: int = 0
+    """The same of each adapter in it."""
+    packed_kernels: int = 0
+    """The same of each matrix in fewer bits that has no adapter."""
     recompute: float = 1.0
     """Time of a recomputed forward pass, relative to the first one."""
     matmul: float = 1.0
@@ -207,6 +211,8 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         unpack_passes=1.0 if cpu else 1.3,
         optimizer_seconds=0.02 if train.optimizer == "adamw8bit" and not cpu else 0.0,
         kernels=_host_work(recipe, world_size, compiled),
+        adapter_kernels=0 if train.cuda_graph else 250,
+        packed_kernels=0 if train.cuda_graph else 90,
         reducing_layers=0.0 if cpu else 1.0,
         workspace_gib=0.0 if cpu else 0.03,
     )
@@ -215,13 +221,14 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
 def _host_work(recipe: Recipe, world_size: int, compiled: bool) -> int:
     """What the host does for a layer, in starts of a kernel: Python, autograd and the dispatcher take several times as
     long as the kernels' own starts, and so do the hooks that gather weights and cut activations. Fitted on H200s to a
-    1B Llama with rows of 1024, not compiled (`docs/performance.md`, layouts on four GPUs); with adapters, whose
-    operations go through Python, compiled or not, to a Llama-3-8B with a row of 512 (`planner_qlora_h200_1`)."""
+    1B Llama with rows of 1024, not compiled (`docs/layouts.md`). Adapters and matrices in fewer bits go through Python,
+    compiled or not: fitted to a Llama-3-8B with a row of 512 (`planner_qlora_h200_1`: 9 ms a layer with seven
+    adapters) and to Llama-2-7B (`002_llama2_7b_peft`: 3.3 ms with two, 4.5 ms with five int4 matrices besides)."""
     if recipe.train.cuda_graph:  # a recorded pass is started once
         return 0
     parallel = recipe.parallel
     tensor, context = (60, 60) if compiled else (420, 200)  # compiled layers have these collectives in their graph
-    work = 1900 if recipe.adapter else 120 if compiled else 600
+    work = (120 if compiled else 600) + (200 if recipe.adapter else 0)
     if world_size > 1:
         work += 280 if parallel.pp == 1 else 40  # stages keep their weights gathered
     work += tensor if parallel.tp > 1 else 0

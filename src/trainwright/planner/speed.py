@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from trainwright.planner.activations import kind_activations
+from trainwright.planner.activations import kept_levels, kind_activations
 from trainwright.planner.collectives import Wires
 from trainwright.planner.hardware import GIB, GIGA, TERA
 from trainwright.planner.job import Job, LayerGroup, Stage
@@ -152,10 +152,13 @@ class _StageTime:
         parts["activations to host"] = self._host_travel(work, group.layer)
         trained = group_elements(self.job, group, trained=True)
         parts["gradients added up"] = self._adding_up(trained)
-        short = work.forward + work.backward + again - sum(parts.values())
-        if short > 0:
-            parts["host"] = short
         inner_forward, inner_backward = self._activations_travel()
+        # The host starts kernels while the device computes and sends; where it takes longer, the device waits for it.
+        forward, backward = work.device
+        started_again = work.host[0] * again / forward if forward else 0.0
+        waits = max(0.0, work.host[0] - forward - inner_forward)
+        device = backward + again + inner_backward + parts["gradients added up"]
+        parts["host"] = waits + max(0.0, work.host[1] + started_again - device)
         parts["activations' travel"] = inner_forward + inner_backward
         forward, backward = self._weights_travel(group_bytes(self.job, group), trained)
         shown, slowed = 0.0, 0.0
@@ -183,20 +186,12 @@ class _StageTime:
         least = work.forward_of("norms", "activation")
         everything, results, of_attention = float(job.recompute == "none"), float(job.recompute == "selective"), 0.0
         if job.recompute == "selective" and job.recipe.parallel.recompute_memory is not None and self.program.compiled:
-            results, of_attention = self._levels(layer, job.recipe.parallel.recompute_memory * GIB)
+            layers, memory = len(self.stage.layers), job.recipe.parallel.recompute_memory * GIB / self.stage.in_flight
+            whole, several = kept_levels(kind_activations(job, layer), layers, memory)
+            results, of_attention = whole / layers, (several - whole) / layers
         again = results * least + of_attention * (least - work.forward_of("activation") + inner)
-        again += (1 - everything - results - of_attention) * work.forward
+        again += (1 - everything - results - of_attention) * work.device[0]
         return (again + (inner if tile is not None and tile < job.tokens else 0.0)) * self.program.recompute
-
-    def _levels(self, layer: int, memory: float) -> tuple[float, float]:
-        """Shares of layers that keep (all results, those of attention) within `memory` bytes; the others keep their
-        input: the rule of `parallel/budget.py`."""
-        kept, layers = kind_activations(self.job, layer), max(1, len(self.stage.layers))
-        memory /= self.stage.in_flight
-        several = min(layers, memory // max(1, kept.attention_results))
-        more = max(1, kept.results - kept.attention_results)
-        whole = min(layers, (memory - several * kept.attention_results) // more) if several == layers else 0
-        return whole / layers, (several - whole) / layers
 
     def _adding_up(self, trained: int) -> float:
         """Seconds in which a micro batch's gradients are added to those that wait: both are read, the sum is written.

@@ -22,10 +22,10 @@ Seconds = tuple[float, float]
 
 @dataclass
 class Work:
-    """Seconds by part. `bound` is host time: kernels cannot be started faster than that."""
+    """Seconds by part. `host` is what starting the kernels takes: the device cannot be faster than that."""
 
     parts: dict[str, Seconds] = field(default_factory=dict)
-    bound: float = 0.0
+    host: Seconds = (0.0, 0.0)
     flops: float = 0.0
     """What is really computed, forward and backward, without recomputation."""
     forward_flops: float = 0.0
@@ -34,17 +34,27 @@ class Work:
         before = self.parts.get(part, (0.0, 0.0))
         self.parts[part] = (before[0] + seconds[0], before[1] + seconds[1])
 
+    def start(self, seconds: float, forward: float) -> None:
+        """Host time, of which the forward pass has the share `forward`."""
+        self.host = (self.host[0] + seconds * forward, self.host[1] + seconds * (1 - forward))
+
     def count(self, forward: float, backward: float) -> None:
         self.flops += forward + backward
         self.forward_flops += forward
 
     @property
+    def device(self) -> Seconds:
+        """What the device computes, however long the host takes."""
+        forward, backward = (sum(seconds[side] for seconds in self.parts.values()) for side in (0, 1))
+        return forward, backward
+
+    @property
     def forward(self) -> float:
-        return max(sum(seconds[0] for seconds in self.parts.values()), self.bound / 3)
+        return max(self.device[0], self.host[0])
 
     @property
     def backward(self) -> float:
-        return max(sum(seconds[1] for seconds in self.parts.values()), self.bound * 2 / 3)
+        return max(self.device[1], self.host[1])
 
     def forward_of(self, *parts: str) -> float:
         return sum(self.parts.get(part, (0.0, 0.0))[0] for part in parts)
@@ -96,7 +106,8 @@ def kind_work(job: Job, layer: int) -> Work:
 def layer_work(job: Job, layer: int) -> Work:
     """One layer, one micro batch."""
     block, path, roofline, program = job.block(layer), f"layers.{layer}", Roofline(job), job.program
-    work = Work(bound=program.kernels * job.calibration.launch)
+    work = Work()
+    work.start(program.kernels * job.calibration.launch, 1 / 3)
     attention = block.self_attn
     tp = job.layout.tp
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -154,11 +165,13 @@ def _linear(
             "rounding", (roofline.move(rows * depth * narrow), roofline.move((rows * narrow + 2 * depth) * columns))
         )
     elif linear.quantization is not None:
+        work.start(job.program.packed_kernels * job.calibration.launch * (linear.adapter is None), 0.4)
         size = linear.quantization.num_bytes(int(columns), int(depth)) + depth * columns * job.program.compute
         unpack = roofline.move(size * job.program.unpack_passes)
         work.add("unpacking", (unpack, unpack))
     if isinstance(linear.adapter, Lora):
         rank = linear.adapter.rank
+        work.start(job.program.adapter_kernels * job.calibration.launch, 0.4)
         down, up = roofline.matmul(rows, depth, rank), roofline.matmul(rows, rank, columns)
         add = roofline.move(2 * rows * columns * job.program.compute)
         work.add("adapters", (down + up + add, 2 * (down + up) + add))
@@ -232,7 +245,8 @@ their own, and each slice's gradient is added to a float32 total."""
 def head_work(job: Job) -> Work:
     """Head and loss of one micro batch; our loss makes the gradients in its forward pass, which changes no sum."""
     roofline, head, tp = Roofline(job), job.config.lm_head, job.layout.tp
-    work = Work(bound=20 * job.calibration.launch)
+    work = Work()
+    work.start(20 * job.calibration.launch, 1 / 3)
     columns = head.out_features / tp
     name = "embed_tokens.weight" if head.tied else "lm_head.weight"
     forward = roofline.matmul(job.tokens, head.in_features, columns)
