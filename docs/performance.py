@@ -60,9 +60,11 @@ def verdict(rows: list[Row]) -> str:
     told = f" Per peak TFLOP ours is {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times theirs"
     if not below:
         return f"{told}: higher on every row."
-    notes = {row["name"]: row.get("note") for row in rows}
-    reasons = "; ".join(f"{name} ({notes[name] or 'NO REASON GIVEN'})" for name in below)
-    return f"{told}; not higher: {reasons}."
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["name"] in below:
+            reasons.setdefault(row.get("note") or "NO REASON GIVEN", []).append(row["name"])
+    return f"{told}; not higher: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()) + "."
 
 
 def measured() -> Iterator[str]:
