@@ -83,6 +83,26 @@ def test_kernels_follow_the_mask():
     assert share_of_scores("data.packing=false") == one_stream
 
 
+def test_what_is_computed_again_is_counted():
+    """Full recomputation repeats the layers' forward pass; a budget that holds half of the layers' attention repeats
+    the other half whole and their MLPs; adapters' frozen weights cost 4 FLOPs and not 6."""
+
+    def speed(*words):
+        words = ["data.seq_len=4096", "train.micro_batch_size=1", *words]
+        return plan(recipe(*words), cluster_of("H200", 1)).speed
+
+    none, full = speed("parallel.recompute=none"), speed("parallel.recompute=full")
+    assert (none.repeated, full.repeated) == (0.0, 1.0)
+    some = [
+        speed("parallel.recompute=selective", f"parallel.recompute_memory={gib}").repeated for gib in (0, 2, 8, 1000)
+    ]
+    assert some[0] == 1.0
+    assert some == sorted(some, reverse=True)
+    assert some[-1] == 0.0
+    assert speed("parallel.recompute=selective").repeated == 0.0
+    assert speed("adapter.rank=8").flops_per_token < 0.72 * none.flops_per_token
+
+
 def test_eight_bits_compute_faster_where_the_card_can():
     def rate(gpu, *overrides):
         words = ["adapter.rank=16", "data.seq_len=8192", "train.global_batch_size=8", *overrides]

@@ -200,21 +200,19 @@ def test_costs_follow_the_convention():
     config = load_config(LLAMA)
     count, attention = config.num_parameters(), 12 * 3 * 64 * 32
     options = {"peak_flops": 1e12, "gpus": 2}
-    full = Costs.of(config, 32, trained_parameters=count, recompute="none", **options)
+    full = Costs.of(config, 32, trained_parameters=count, repeated=0.0, **options)
     assert full.flops_per_token == full.hardware_flops_per_token == 6 * count + attention
     figures = full.figures(tokens=1000, rows=10, seconds=0.5)
     assert figures["tokens_per_second_per_gpu"] == 1000
     assert figures["samples_per_second"] == 20
     assert figures["mfu"] == pytest.approx(1000 * full.flops_per_token / 1e12)
-    again = Costs.of(config, 32, trained_parameters=count, recompute="full", **options)
+    again = Costs.of(config, 32, trained_parameters=count, repeated=1.0, **options)
     blocks = sum(block.num_parameters() for block in config.layers)
     assert again.hardware_flops_per_token - again.flops_per_token == pytest.approx(2 * blocks + attention / 3)
-    adapter = Costs.of(config, 32, trained_parameters=1000, recompute="none", **options)
+    adapter = Costs.of(config, 32, trained_parameters=1000, repeated=0.0, **options)
     assert adapter.flops_per_token == 4 * count + 2 * 1000 + attention
     assert (
-        Costs.of(config, 32, trained_parameters=count, recompute="none", peak_flops=None, gpus=1).figures(1, 1, 1)[
-            "mfu"
-        ]
+        Costs.of(config, 32, trained_parameters=count, repeated=0.0, peak_flops=None, gpus=1).figures(1, 1, 1)["mfu"]
         is None
     )
 

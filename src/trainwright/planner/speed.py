@@ -30,6 +30,8 @@ class SpeedPlan:
     computed_flops_per_token: float
     peak: float
     rows_per_step: int
+    repeated: float
+    """Share of the layers' forward products that is computed again."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -69,18 +71,23 @@ def plan_speed(job: Job) -> SpeedPlan:
         parts["pipeline bubble"] = bubble
     trained = sum(item.numel for item in job.parameters if item.trained)
     whole = trained == sum(item.numel for item in job.parameters)
-    causal = job.config.flops_per_token(job.seq_len, "causal", None if whole else trained)
+    model, causal = (
+        job.config.flops_per_token(job.seq_len, convention, None if whole else trained)
+        for convention in ("palm", "causal")
+    )
     computed = sum(stage.computed_flops for stage in stages) * job.layout.tp * job.layout.cp
+    repeated = sum(stage.repeated * len(stage.stage.layers) for stage in stages) / job.config.num_layers
     return SpeedPlan(
         sum(parts.values()),
         {name: seconds for name, seconds in parts.items() if seconds > 0},
         job.global_batch * job.seq_len,
         job.layout.world_size,
-        job.config.flops_per_token(job.seq_len, "palm"),
+        model,
         causal,
         computed / (job.micro_batch * job.seq_len),
         job.cluster.card.rate(job.recipe.train.precision),
         job.global_batch,
+        repeated,
         _notes(job),
     )
 
@@ -126,9 +133,34 @@ class _StageTime:
     @property
     def computed_flops(self) -> float:
         """Of one micro batch on this rank, recomputation included."""
-        again = {"full": 1.0, "selective": 0.0}.get(self.job.recompute, 0.0)
-        layers = sum(group.count * (work.flops + again * work.forward_flops) for group, work in self.works)
+        layers = sum(group.count * (work.flops + self.repeated * work.forward_flops) for group, work in self.works)
         return layers + self.head.flops
+
+    @cached_property
+    def repeated(self) -> float:
+        """Share of the layers' forward products that is computed again: the MLP's of a layer that keeps attention."""
+        total = again = 0.0
+        for group, work in self.works:
+            _, _, of_attention, of_input = self._levels(group.layer)
+            block = self.job.block(group.layer)
+            inner = block.mlp.num_active_parameters() / block.num_active_parameters()
+            total += group.count * work.forward_flops
+            again += group.count * work.forward_flops * (of_input + of_attention * inner)
+        return again / total if total else 0.0
+
+    def _levels(self, layer: int) -> tuple[float, float, float, float]:
+        """Shares of layers that keep everything, all results, those of attention, and their input only."""
+        job, memory = self.job, self.job.recipe.parallel.recompute_memory
+        if job.recompute != "selective" or memory is None or not self.program.compiled:
+            return (
+                float(job.recompute == "none"),
+                float(job.recompute == "selective"),
+                0.0,
+                float(job.recompute == "full"),
+            )
+        layers = len(self.stage.layers)
+        whole, several = kept_levels(kind_activations(job, layer), layers, memory * GIB / self.stage.in_flight)
+        return 0.0, whole / layers, (several - whole) / layers, 1 - several / layers
 
     @cached_property
     def parts(self) -> dict[str, float]:
@@ -184,13 +216,9 @@ class _StageTime:
         beside = work.forward_of("adapters", "unpacking", "rounding") * mlp / max(attention + mlp, 1e-12)
         inner = mlp + beside + work.forward_of("activation")
         least = work.forward_of("norms", "activation")
-        everything, results, of_attention = float(job.recompute == "none"), float(job.recompute == "selective"), 0.0
-        if job.recompute == "selective" and job.recipe.parallel.recompute_memory is not None and self.program.compiled:
-            layers, memory = len(self.stage.layers), job.recipe.parallel.recompute_memory * GIB / self.stage.in_flight
-            whole, several = kept_levels(kind_activations(job, layer), layers, memory)
-            results, of_attention = whole / layers, (several - whole) / layers
+        _, results, of_attention, of_input = self._levels(layer)
         again = results * least + of_attention * (least - work.forward_of("activation") + inner)
-        again += (1 - everything - results - of_attention) * work.device[0]
+        again += of_input * work.device[0]
         return (again + (inner if tile is not None and tile < job.tokens else 0.0)) * self.program.recompute
 
     def _adding_up(self, trained: int) -> float:

@@ -220,13 +220,13 @@ def build_schedule(recipe: TrainRecipe, steps: int) -> Schedule:
     return Schedule(recipe.schedule, recipe.learning_rate, recipe.min_learning_rate, steps, recipe.warmup, recipe.decay)
 
 
-def build_costs(recipe: Recipe, config: ModelConfig, model: nn.Module, world: World) -> Costs:
-    """What a token costs here, for the figures of metrics.jsonl."""
+def build_costs(recipe: Recipe, config: ModelConfig, model: nn.Module, world: World, repeated: float) -> Costs:
+    """What a token costs here, for the figures of metrics.jsonl. repeated: what the plan says is computed again."""
     return Costs.of(
         config,
         recipe.data.seq_len,
         trained_parameters=sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
-        recompute=recipe.parallel.recompute,
+        repeated=repeated,
         peak_flops=peak_flops(device_name(world.device), recipe.train.precision),
         gpus=world.size,
     )

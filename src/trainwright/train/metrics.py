@@ -36,21 +36,17 @@ class Costs:
         seq_len: int,
         *,
         trained_parameters: int,
-        recompute: str,
+        repeated: float,
         peak_flops: float | None,
         gpus: int,
     ) -> Costs:
-        """Full recompute runs every block's forward once more: 2 FLOPs a weight and a third of the attention.
-
-        Selective recompute keeps the results of matrix products, so it adds nothing that counts.
-        """
+        """`repeated`: the share of the blocks' forward pass that runs once more (full recomputation: 1), each 2 FLOPs
+        a weight and a third of the attention."""
         trained = None if trained_parameters >= config.num_parameters() else trained_parameters
         model = config.flops_per_token(seq_len, trained_parameters=trained)
-        again = 0.0
-        if recompute == "full":
-            attention = sum(block.self_attn.flops_per_token(seq_len, causal=False) for block in config.layers)
-            again = 2 * sum(block.num_active_parameters() for block in config.layers) + attention / 3
-        return cls(model, model + again, peak_flops, gpus)
+        attention = sum(block.self_attn.flops_per_token(seq_len, causal=False) for block in config.layers)
+        forward = 2 * sum(block.num_active_parameters() for block in config.layers) + attention / 3
+        return cls(model, model + repeated * forward, peak_flops, gpus)
 
     def figures(self, tokens: int, rows: int, seconds: float) -> dict[str, float | None]:
         """Speed of one step: `tokens` without padding and `rows` of all GPUs in `seconds`."""

@@ -176,7 +176,8 @@ class Trainer:
             loss_scale=self.loss_scale,
             graphs=GraphedPasses(self.optimizers.parameters) if settings.cuda_graph else None,
         )
-        self.costs = build_costs(self.recipe, self.sources.config, self.model, self.world)
+        repeated = self.plan.speed.repeated
+        self.costs = build_costs(self.recipe, self.sources.config, self.model, self.world, repeated)
 
     # ---- the run ----
 
