@@ -320,15 +320,21 @@ def fitting(row: Row, options: argparse.Namespace) -> dict[str, str]:
 
 def lines(options: argparse.Namespace) -> Iterator[tuple[str, str, str, list[str], dict[str, Any], Row]]:
     """(row, side, name of the line, program, what it reads, the row)."""
+
+    def asked(who: str) -> bool:
+        return any(word in who for word in options.only.split(";"))
+
     for name in options.rows.split(","):
         row = ROWS[name]
         peers = row.titan | (row.titan_large if memory_gib(options) > 100 else row.titan_small)
         for who, settings in peers.items() if "titan" in options.sides else ():
+            if not asked(who):
+                continue
             yield name, "titan", who, [str(HERE / "peers" / "titan.py")], titan(row, settings, options), row
-        if row.hf and "titan" in options.sides:
+        if row.hf and "titan" in options.sides and asked(row.hf):
             yield name, "peer", row.hf, [str(HERE / "peers" / "hf_full.py")], transformers(row, options), row
         for who, words in fitting(row, options).items() if "ours" in options.sides else ():
-            if not options.only or options.only in who:
+            if asked(who):
                 yield name, "ours", who, [__file__, "--worker"], ours(row, words, options), row
 
 
@@ -377,7 +383,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="bf16,fp8,tp", help=", ".join(ROWS))
     parser.add_argument("--sides", default="titan,ours")
-    parser.add_argument("--only", default="", help="of ours, the lines whose name has this")
+    parser.add_argument("--only", default="", help="the lines whose name has one of these, with ; between")
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/trainwright-speed"))

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from trainwright.adapt.lora import Lora
 from trainwright.model.config import AttentionConfig, BlockConfig, LinearConfig, MlpConfig, MoeConfig, NormConfig
 from trainwright.parallel.split import kv_copies
-from trainwright.planner.job import Job
+from trainwright.planner.hardware import GIB
+from trainwright.planner.job import Job, Stage
 from trainwright.planner.states import local_shape, whole_elements
 
 
@@ -48,18 +49,22 @@ class LayerActivations:
         self.kept[part] = self.kept.get(part, 0) + int(size)
 
 
-def kept_levels(kept: LayerActivations, layers: int, memory: float) -> tuple[int, int]:
-    """How many compiled layers keep (all results, at least those of attention) within `memory` bytes; the others keep
-    their input: the rule of `parallel/budget.py`."""
-    several = int(min(layers, memory // max(1, kept.attention_results)))
-    more = max(1, kept.results - kept.attention_results)
-    whole = int(min(layers, (memory - several * kept.attention_results) // more)) if several == layers else 0
-    return whole, several
-
-
 def kind_activations(job: Job, layer: int) -> LayerActivations:
     """`layer_activations` of the first layer of a kind, counted once for all stages."""
     return job.once(("activations", layer), lambda: layer_activations(job, layer))
+
+
+def kept_levels(job: Job, stage: Stage, layer: int) -> tuple[int, int] | None:
+    """How many of a stage's compiled layers keep (all results, at least those of attention) within `recompute_memory`;
+    the others keep their input: the rule of `parallel/budget.py`. None where there is no such budget."""
+    memory, layers = job.recipe.parallel.recompute_memory, len(stage.layers)
+    if job.recompute != "selective" or memory is None or not job.program.compiled:
+        return None
+    kept, room = kind_activations(job, layer), memory * GIB / stage.in_flight
+    several = int(min(layers, room // max(1, kept.attention_results)))
+    more = max(1, kept.results - kept.attention_results)
+    whole = int(min(layers, (room - several * kept.attention_results) // more)) if several == layers else 0
+    return whole, several
 
 
 def layer_activations(job: Job, layer: int) -> LayerActivations:

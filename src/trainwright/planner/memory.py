@@ -261,18 +261,11 @@ class _Walk:
 
     def _richest(self, layer: int) -> int:
         """What the layer that comes back first keeps: the one of the highest level."""
-        kept, levels = self.activations[layer], self._levels(layer)
+        kept, levels = self.activations[layer], kept_levels(self.job, self.stage, layer)
         if levels is None:
             return self._held(layer)
         whole, several = levels
         return kept.entry + (kept.results if whole else kept.attention_results if several else 0)
-
-    def _levels(self, layer: int) -> tuple[int, int] | None:
-        """How many compiled layers keep (all results, at least those of attention); None where no budget is set."""
-        memory = self.job.recipe.parallel.recompute_memory
-        if self.job.recompute != "selective" or memory is None or not self.program.compiled:
-            return None
-        return kept_levels(self.activations[layer], len(self.stage.layers), memory * GIB / self.stage.in_flight)
 
     def _held(self, layer: int) -> int:
         """What a layer keeps for its backward pass on the device, in the mean of those of its kind."""
@@ -280,7 +273,7 @@ class _Walk:
         held = activations.held(self.job.recompute)
         if self.job.recompute != "selective" or parallel.recompute_memory is None:
             return held
-        layers, levels = len(self.stage.layers), self._levels(layer)
+        layers, levels = len(self.stage.layers), kept_levels(self.job, self.stage, layer)
         if levels is None:  # operation by operation, as far as it goes
             return min(held, activations.entry + int(parallel.recompute_memory * GIB / self.stage.in_flight / layers))
         whole, several = levels

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 
 from trainwright.planner.activations import kept_levels, kind_activations
 from trainwright.planner.collectives import Wires
-from trainwright.planner.hardware import GIB, GIGA, TERA
+from trainwright.planner.hardware import GIGA, TERA
 from trainwright.planner.job import Job, LayerGroup, Stage
 from trainwright.planner.states import group_bytes, group_elements, stage_states, whole_bytes, whole_elements
 from trainwright.planner.work import Work, head_work, kind_work, kv_width
@@ -141,26 +141,21 @@ class _StageTime:
         """Share of the layers' forward products that is computed again: the MLP's of a layer that keeps attention."""
         total = again = 0.0
         for group, work in self.works:
-            _, _, of_attention, of_input = self._levels(group.layer)
+            _, of_attention, of_input = self._levels(group.layer)
             block = self.job.block(group.layer)
             inner = block.mlp.num_active_parameters() / block.num_active_parameters()
             total += group.count * work.forward_flops
             again += group.count * work.forward_flops * (of_input + of_attention * inner)
         return again / total if total else 0.0
 
-    def _levels(self, layer: int) -> tuple[float, float, float, float]:
-        """Shares of layers that keep everything, all results, those of attention, and their input only."""
-        job, memory = self.job, self.job.recipe.parallel.recompute_memory
-        if job.recompute != "selective" or memory is None or not self.program.compiled:
-            return (
-                float(job.recompute == "none"),
-                float(job.recompute == "selective"),
-                0.0,
-                float(job.recompute == "full"),
-            )
+    def _levels(self, layer: int) -> tuple[float, float, float]:
+        """Shares of layers that keep all results, those of attention, and their input; the others keep everything."""
+        levels, recompute = kept_levels(self.job, self.stage, layer), self.job.recompute
+        if levels is None:
+            return float(recompute == "selective"), 0.0, float(recompute == "full")
+        whole, several = levels
         layers = len(self.stage.layers)
-        whole, several = kept_levels(kind_activations(job, layer), layers, memory * GIB / self.stage.in_flight)
-        return 0.0, whole / layers, (several - whole) / layers, 1 - several / layers
+        return whole / layers, (several - whole) / layers, 1 - several / layers
 
     @cached_property
     def parts(self) -> dict[str, float]:
@@ -216,7 +211,7 @@ class _StageTime:
         beside = work.forward_of("adapters", "unpacking", "rounding") * mlp / max(attention + mlp, 1e-12)
         inner = mlp + beside + work.forward_of("activation")
         least = work.forward_of("norms", "activation")
-        _, results, of_attention, of_input = self._levels(layer)
+        results, of_attention, of_input = self._levels(layer)
         again = results * least + of_attention * (least - work.forward_of("activation") + inner)
         again += of_input * work.device[0]
         return (again + (inner if tile is not None and tile < job.tokens else 0.0)) * self.program.recompute
