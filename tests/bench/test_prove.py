@@ -26,7 +26,10 @@ from trainwright.recipe.load import load_recipe
 from trainwright.train.metrics import read_lines
 from trainwright.train.trainer import train
 
-SMALL = ["train.micro_batch_size=2", "train.global_batch_size=8", "data.path=shipped:arithmetic?rows=200"]
+SMALL = [
+    "train.micro_batch_size=2", "train.global_batch_size=8",
+    "data.path=shipped:arithmetic?rows=200", "data.seq_len=128",
+]  # fmt: skip
 
 
 def test_a_layout_is_proved(tmp_path):

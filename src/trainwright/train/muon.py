@@ -67,8 +67,9 @@ def orthogonal(matrices: list[Tensor]) -> Iterable[Tensor]:
     if tall:
         x = x.mT
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    product = torch.baddbmm if x.ndim == 3 else torch.addmm
     for _ in range(ROUNDS):
         gram = x @ x.mT
-        x = A * x + (B * gram + C * (gram @ gram)) @ x
+        x = product(x, product(gram, gram, gram, beta=B, alpha=C), x, beta=A)
     x = x.mT if tall else x
     return x.unbind() if len(matrices) > 1 else [x]
