@@ -328,9 +328,8 @@ def lines(options: argparse.Namespace) -> Iterator[tuple[str, str, str, list[str
         row = ROWS[name]
         peers = row.titan | (row.titan_large if memory_gib(options) > 100 else row.titan_small)
         for who, settings in peers.items() if "titan" in options.sides else ():
-            if not asked(who):
-                continue
-            yield name, "titan", who, [str(HERE / "peers" / "titan.py")], titan(row, settings, options), row
+            if asked(who):
+                yield name, "titan", who, [str(HERE / "peers" / "titan.py")], titan(row, settings, options), row
         if row.hf and "titan" in options.sides and asked(row.hf):
             yield name, "peer", row.hf, [str(HERE / "peers" / "hf_full.py")], transformers(row, options), row
         for who, words in fitting(row, options).items() if "ours" in options.sides else ():

@@ -472,6 +472,13 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*PROGRAM, *words], timeout=120, **told)
 
 
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """The same, for a test to read from and to interrupt."""
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit deafness to it
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": listens}
+    return subprocess.Popen([*PROGRAM, *words], cwd=folder, env=environment(folder), **pipes)
+
+
 @pytest.fixture
 def matrix(tmp_path: Path) -> Path:
     rows = [{"name": "first"}, {"name": "long", "set": {"train.seed": 1}, "measured_steps": 100_000}]
@@ -481,10 +488,7 @@ def matrix(tmp_path: Path) -> Path:
 
 
 def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, matrix):
-    command = [*PROGRAM, str(matrix), "--json"]
-    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit deafness to it
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": listens}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), **pipes) as process:
+    with start(tmp_path, str(matrix), "--json") as process:
         for line in process.stderr:
             if line.startswith("... long"):
                 break
@@ -509,11 +513,8 @@ def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, matrix):
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two cells side by side want two cores")
 def test_cells_side_by_side_and_ctrl_c_among_them(tmp_path, matrix):
-    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": listens}
-    command = [*PROGRAM, str(matrix), "--side-by-side"]
     said = []
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), **pipes) as process:
+    with start(tmp_path, str(matrix), "--side-by-side") as process:
         for line in process.stderr:
             said.append(line)
             if line.startswith("1/2 first: ok"):

@@ -62,7 +62,7 @@ def alike(matrices: list[Tensor]) -> Iterator[list[int]]:
 def orthogonal(matrices: list[Tensor]) -> Iterable[Tensor]:
     """The orthogonal matrix next to each [R, C] matrix, nearly: singular values become 0.7 to 1.2."""
     dtype = torch.float32 if matrices[0].device.type == "cpu" else torch.bfloat16
-    x = torch.stack(matrices).to(dtype) if len(matrices) > 1 else matrices[0].to(dtype, copy=True)
+    x = torch.stack(matrices).to(dtype) if len(matrices) > 1 else matrices[0].to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
