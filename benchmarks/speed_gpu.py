@@ -79,7 +79,7 @@ class Row:
     titan_small: dict[str, dict[str, Any]] = field(default_factory=dict)
     model: str = LLAMA3
     seq_len: int = 8192
-    steps: tuple[int, int] = (6, 8)
+    steps: tuple[int, int] = (4, 6)
     limit: int = 240
     gpus: int | None = None  # else as asked
     layers: int | None = None
@@ -101,7 +101,12 @@ def budget(gib: int) -> str:
 ROWS: dict[str, Row] = {
     # 260
     "bf16": Row(
-        {"ZeRO-3, 2 rows": micro(2), "ZeRO-3, 1 row": micro(1)},
+        {
+            "ZeRO-3, 2 rows": micro(2),
+            "ZeRO-3, 2 rows, NCCL": f"parallel.fsdp_transport=nccl {micro(2)}",
+            "ZeRO-2, 2 rows": f"parallel.zero=2 {micro(2)}",
+            "ZeRO-3, 1 row": micro(1),
+        },
         {"FSDP, 1 row, no recompute": {"training.local_batch_size": 1, **TITAN_NONE}},
         {"ZeRO-3, 2 rows, selective": f"{budget(20)} {micro(2)}"},
         {"FSDP, 2 rows, no recompute": {"training.local_batch_size": 2, **TITAN_NONE}},
@@ -126,10 +131,16 @@ ROWS: dict[str, Row] = {
         {
             "TP2 x ZeRO-3, 2 rows": f"parallel.tp=2 {micro(2)}",
             "TP2 x ZeRO-3, 2 rows, async": f"parallel.tp=2 parallel.async_tp=true {micro(2)}",
+            "TP2 x ZeRO-3, 4 rows, async": f"parallel.tp=2 parallel.async_tp=true {micro(4)}",
         },
         {
             "TP2 x FSDP, 2 rows": {**TP2, **TITAN_NONE},
             "TP2 x FSDP, 2 rows, async": {**TP2, **TITAN_NONE, "parallelism.enable_async_tensor_parallel": True},
+        },
+        titan_large={
+            "TP2 x FSDP, 4 rows, async": {
+                **TP2, **TITAN_NONE, "training.local_batch_size": 4, "parallelism.enable_async_tensor_parallel": True,
+            },
         },
     ),
     # 220
@@ -145,10 +156,11 @@ ROWS: dict[str, Row] = {
     ),
     # 270
     "128k": Row(
-        {"CP4 Ulysses, full recompute": f"parallel.cp=4 parallel.recompute=full {micro(1)}"},
+        {"CP4 Ulysses, selective": f"parallel.cp=4 {budget(70)} {micro(1)}"},
         {"CP4, full recompute": CP4},
+        {"CP4 Ulysses, full recompute": f"parallel.cp=4 parallel.recompute=full {micro(1)}"},
         seq_len=131072,
-        steps=(2, 3),
+        steps=(1, 2),
         limit=300,
     ),
     # 400: one step that counts
@@ -210,13 +222,14 @@ def ours(row: Row, words: str, options: argparse.Namespace) -> dict[str, Any]:
         },
         "data": {"path": "shipped:arithmetic", "seq_len": seq_len, "cache": str(options.folder / "cache")},
         "train": {
-            "steps": sum(steps_of(row, options)), "schedule": "constant", "warmup": 0, "learning_rate": 1e-5,
-            "compile": not options.small,
+            "steps": sum(steps_of(row, options)) + options.profile, "schedule": "constant", "warmup": 0,
+            "learning_rate": 1e-5, "compile": not options.small,
         },
         "tracking": {"tensorboard": False},
     }  # fmt: skip
     recipe = made(load_recipe(values, words.split()), rows=64)
-    return {"recipe": recipe.model_dump(mode="json"), "warm": steps_of(row, options)[0]}
+    run = {"warm": steps_of(row, options)[0], "profile": options.profile}
+    return {"recipe": recipe.model_dump(mode="json"), **run}
 
 
 def titan(row: Row, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -267,10 +280,11 @@ def work(run: dict[str, Any], out: Path) -> None:
     first = 0.0
     try:
         with quiet_garbage():  # as in a run; torchtitan's trainer controls it too
-            while trainer.step < trainer.total_steps:
+            while trainer.step < trainer.total_steps - run["profile"]:
                 trainer._one_step(list(islice(trainer.loader, trainer.loader.accumulation)), False)
                 first = first or time.perf_counter() - began
         peaks = trainer.world.gather(peak_memory_gib(trainer.world.device))
+        kernels = profile(trainer) if run["profile"] else []
     finally:
         trainer.close()
     if not trainer.world.is_main:
@@ -280,6 +294,7 @@ def work(run: dict[str, Any], out: Path) -> None:
     seconds = sum(line["step_seconds"] for line in lines) / len(lines)
     rate = trainer.loader.rows_per_step * recipe.data.seq_len / seconds / trainer.world.size
     found = {
+        "kernels": kernels,
         "tokens_per_second_per_gpu": rate,
         "step_seconds": seconds,
         "peak_memory_gib": max(allocated or 0 for allocated, _ in peaks),
@@ -289,6 +304,30 @@ def work(run: dict[str, Any], out: Path) -> None:
         "causal_flops_per_token": config.flops_per_token(recipe.data.seq_len, "causal"),
     }
     out.write_text(json.dumps(found))
+
+
+def profile(trainer: Any) -> list[tuple[float, int, str]]:
+    """One more step: (milliseconds on the device, calls, name) of each kernel of this rank, the longest first."""
+    from collections import Counter
+    from itertools import islice
+
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    from trainwright.device import synchronize
+
+    batches = list(islice(trainer.loader, trainer.loader.accumulation))
+    kind = ProfilerActivity.CUDA if torch.accelerator.is_available() else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as recorded:
+        trainer._one_step(batches, False)
+        synchronize(trainer.world.device)
+    seconds: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in recorded.events() or []:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            seconds[event.name[:160]] += event.device_time_total / 1e3
+            calls[event.name[:160]] += 1
+    return [(spent, calls[name], name) for name, spent in seconds.most_common(80)]
 
 
 def memory_gib(options: argparse.Namespace) -> float:
@@ -388,6 +427,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/trainwright-speed"))
     parser.add_argument("--out", type=Path, default=None, help="all figures and losses, as JSON")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="one step more of ours: its kernels go to --out")
     parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -402,7 +442,9 @@ def main() -> int:
     for number, (name, side, who, program, run, row) in enumerate(lines(options)):
         log = options.folder / f"line-{number}.log"
         found = measure(program, run, row, options, log)
-        every.append({"row": name, "side": side, "who": who, "gpus": row.gpus or options.gpus, **found})
+        words = row.ours.get(who) or row.spare.get(who, "") if side == "ours" else ""
+        line = {"row": name, "side": side, "who": who, "words": words, "gpus": row.gpus or options.gpus}
+        every.append({**line, **found})
         if options.out:
             options.out.write_text(json.dumps(every, indent=1))
         if "error" in found:

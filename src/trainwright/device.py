@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 GIB = 2**30
+_outside = 0  # bytes on this process's device that torch's own allocator did not give
 
 
 def default_device(local_rank: int = 0) -> torch.device:
@@ -137,12 +138,18 @@ def _optional(value: float | None) -> torch.Tensor:
     return torch.tensor([] if value is None else [value], dtype=torch.float64)
 
 
+def note_outside(bytes_: int) -> None:
+    """Counts device memory that is held until the end and that torch's allocator does not know of."""
+    global _outside
+    _outside += bytes_
+
+
 def peak_memory_gib(device: torch.device) -> tuple[float | None, float | None]:
     """Most memory (allocated, reserved) since the start, in GiB. On a CPU: the process's resident peak, and None."""
     if device.type != "cpu":
         found = torch.accelerator.memory_stats(device)  # once: it takes half a millisecond
         allocated, reserved = (found.get(f"{kind}_bytes.all.peak") for kind in ("allocated", "reserved"))
-        return allocated and allocated / GIB, reserved and reserved / GIB
+        return allocated and (allocated + _outside) / GIB, reserved and (reserved + _outside) / GIB
     try:
         import resource
     except ImportError:  # Windows

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -37,6 +38,17 @@ def test_a_measured_card_is_said_to_be(quick, tmp_path, monkeypatch):
     assert found.attention["flash"].forward > 0
     assert 0 < found.launch < 1e-2
     assert 0 < found.bandwidth < 100
+
+
+def test_a_context_that_serves_once(quick, monkeypatch):
+    """Such are torch's, which choose a kernel on a GPU."""
+
+    @contextmanager
+    def once():
+        yield
+
+    monkeypatch.setattr(measure._Bench, "_backends", lambda self: iter([("flash", once)]))
+    assert measure.measure().attention["flash"].backward > 0
 
 
 def test_two_points_give_the_limit_and_the_half():

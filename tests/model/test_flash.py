@@ -1,5 +1,5 @@
-"""The switch between generations of flash attention, with implementations that are right, wrong, or not there; and the
-variable-length path of GPUs on CPU tensors."""
+"""Generations of flash attention, with implementations that are right, wrong, or not there; and the variable-length
+path of GPUs on CPU tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch.library import Library
 from torch.nn import attention as switch
 from torch.nn.attention import _registry
 
+from tests.model import flash4_on_cpu
 from tests.model.attention_cases import CASES, visibility
 from tests.model.varlen_on_cpu import register, varlen_on_cpu
-from trainwright.model.kernels.attention import attention, prepare, varlen
+from trainwright.model.kernels import flash4
+from trainwright.model.kernels.attention import attention, choose, prepare, varlen
 from trainwright.model.kernels.flash import Flash, activate, first_that_works
 
 CPU = torch.device("cpu")
@@ -28,6 +30,16 @@ def registry(monkeypatch):
     switch.restore_flash_attention_impl(_raise_warn=False)
 
 
+@pytest.fixture
+def fourth(monkeypatch):
+    """Puts FlashAttention-4 where it can be imported; nothing is in use afterwards."""
+    yield lambda error=0.0: flash4_on_cpu.install(monkeypatch, error)
+    flash4.unload()
+
+
+NOT_INSTALLED = "FA4: No module named 'flash_attn'"
+
+
 def kernels(error=0.0):
     """What an implementation does when torch activates it; what it returns is asked to take everything away."""
 
@@ -39,28 +51,31 @@ def kernels(error=0.0):
     return put
 
 
-def absent():
-    raise ModuleNotFoundError("No module named 'flash_attn_interface'")
-
-
-def test_the_first_whose_numbers_are_right_is_activated(registry):
-    registry |= {"FA3": kernels(), "FA4": absent}
-    assert first_that_works(CPU) == Flash("FA3")
-    assert switch.current_flash_attention_impl() == "FA3"
+def test_the_newest_is_put_in_use(registry, fourth):
+    registry |= {"FA3": kernels()}
+    fourth()
+    assert first_that_works(CPU) == Flash("FA4")
+    assert flash4.in_use()
+    assert switch.current_flash_attention_impl() is None
 
 
 def test_one_that_is_not_installed_is_passed_over(registry):
-    registry |= {"FA3": absent, "FA4": kernels()}
+    registry |= {"FA3": kernels()}
     found = first_that_works(CPU)
-    assert (found.name, str(found)) == ("FA4", "FA4 (FA3: No module named 'flash_attn_interface')")
+    assert (found.name, str(found)) == ("FA3", f"FA3 ({NOT_INSTALLED})")
+    assert switch.current_flash_attention_impl() == "FA3"
+    assert not flash4.in_use()
 
 
-def test_wrong_numbers_leave_torchs_own_in_place(registry):
-    registry |= {"FA3": kernels(error=0.1), "FA4": absent}
+def test_wrong_numbers_leave_torchs_own_in_place(registry, fourth):
+    registry |= {"FA3": kernels(error=0.1)}
+    fourth(error=0.1)
     found = first_that_works(CPU)
     assert found.name is None
-    assert found.refused[0] == "FA3: gives other numbers than the formula for documents"
+    why = "gives other numbers than the formula for documents"
+    assert found.refused == (f"FA4: {why}", f"FA3: {why}")
     assert switch.current_flash_attention_impl() is None
+    assert not flash4.in_use()
 
 
 def test_one_that_does_not_run_here_says_why(registry):
@@ -68,13 +83,54 @@ def test_one_that_does_not_run_here_says_why(registry):
         raise RuntimeError("FA3 requires compute capability 9.0\nmore lines")
 
     registry |= {"FA3": needs}
-    found = first_that_works(CPU)
-    assert found.refused == ("FA3: FA3 requires compute capability 9.0", "FA4: unknown to this torch")
+    assert first_that_works(CPU).refused == (NOT_INSTALLED, "FA3: FA3 requires compute capability 9.0")
+    registry.clear()
+    assert first_that_works(CPU).refused == (NOT_INSTALLED, "FA3: unknown to this torch")
 
 
-def test_a_torch_without_the_switch(monkeypatch):
-    monkeypatch.delattr(switch, "activate_flash_attention_impl")
-    assert str(first_that_works(CPU)) == "FA2 (this torch has no switch)"
+@pytest.mark.parametrize("mask", ["causal", "window", "documents"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_fourth_is_given_what_it_needs(case, mask, fourth):
+    """Whole rows, windows and packed documents through its operations, against the formula; compiled as well."""
+    fourth()
+    flash4.load()
+    torch._dynamo.reset()
+    rows, length, heads, kv = case
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, length, n, 16, generator=random).requires_grad_() for n in (heads, kv, kv))
+    seen = visibility(rows, length, mask, CPU)
+    ready = prepare(seen, "varlen", device=CPU, dtype=q.dtype, slopes_N=None)
+    upstream = torch.randn(q.shape, generator=random)
+
+    def ours(q, k, v):
+        return flash4.rows(q, k, v, 0.25) if mask == "causal" else varlen(q, k, v, ready, 0.25)
+
+    expected = attention(q, k, v, seen, scale=0.25, backend="eager")
+    expected = (expected, *torch.autograd.grad(expected, (q, k, v), upstream))
+    for program in (ours, torch.compile(ours, backend="aot_eager", fullgraph=True)):
+        given = program(q, k, v)
+        given = (given, *torch.autograd.grad(given, (q, k, v), upstream))
+        for one, two in zip(given, expected, strict=True):
+            torch.testing.assert_close(one, two, atol=2e-6, rtol=2e-6)
+
+
+def test_the_fourth_takes_plain_rows_from_cudnn_but_not_bit_for_bit(fourth):
+    causal = visibility(2, 64, "causal", CPU)
+    gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "alibi": False}
+    q = torch.empty(2, 64, 4, 128)
+    assert choose(causal, wanted="auto", **gpu) == "cudnn"
+    fourth()
+    flash4.load()
+    assert choose(causal, wanted="auto", **gpu) == "flash"
+    assert choose(causal, wanted="cudnn", **gpu) == "cudnn"
+    assert flash4.takes(q)
+    assert not flash4.takes(torch.empty(2, 64, 4, 256))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose(causal, wanted="auto", **gpu) == "cudnn"
+        assert not flash4.takes(q)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_nothing_is_activated_without_cuda():

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainwright.device import default_device, device_name, synchronize
+from trainwright.model.kernels import flash4
 from trainwright.model.kernels.flash import activate as activate_flash
 from trainwright.planner.calibration import AttentionEfficiency, Calibration, load_calibration
 from trainwright.planner.hardware import GIGA, Card, Cluster, cpu_card, find_card
@@ -131,7 +132,7 @@ class _Bench:
         activate_flash(self.device)  # as training does
         for name, kernel in self._backends():
             try:
-                short, long = (self._attention(length, kernel) for length in self.lengths)
+                short, long = (self._attention(length, name, kernel) for length in self.lengths)
             except RuntimeError:  # this device or this torch has no such kernel
                 continue
             forward, half = _limit(self.lengths, (short[0], long[0]))
@@ -139,24 +140,31 @@ class _Bench:
             found[name] = AttentionEfficiency(forward, backward, half, half_backward)
         return found
 
-    def _backends(self) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
+    def _backends(self) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]]]]:
+        """(row of the calibration, what makes a context in which torch takes that kernel): one serves once."""
         if self.device.type != "cuda":
-            yield "flash", nullcontext()
+            yield "flash", nullcontext
             return
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        yield "cudnn", sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
-        yield "flash", sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+        yield "cudnn", partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
+        yield "flash", partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
 
-    def _attention(self, length: int, kernel: AbstractContextManager[Any]) -> tuple[float, float]:
+    def _attention(
+        self, length: int, name: str, kernel: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[float, float]:
         """Shares of the peak, forward and backward, by the causal count: 2 heads D s^2 and twice that."""
         peak = self.card.peak(self.main) or 1.0
         shape = (1, self.heads, length, self.head_dim)
         q, k, v = (torch.randn(shape, device=self.device).to(DTYPES[self.main]).requires_grad_() for _ in range(3))
         flops = 2.0 * self.heads * self.head_dim * length * length
-        with kernel:
+        newest = name == "flash" and flash4.takes(q)
+        with kernel():
 
             def forward() -> Tensor:
+                if newest:
+                    q_BSND, k_BSND, v_BSND = (x.transpose(1, 2) for x in (q, k, v))
+                    return flash4.rows(q_BSND, k_BSND, v_BSND, self.head_dim**-0.5).transpose(1, 2)
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
             out = forward()

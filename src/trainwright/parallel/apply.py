@@ -23,6 +23,7 @@ from trainwright.model.config import ModelConfig, linears, without_adapters
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.budget import apply_budget
+from trainwright.parallel.copies import apply_copies
 from trainwright.parallel.expert import apply_experts
 from trainwright.parallel.layout import check_model, kv_heads_of_rank
 from trainwright.parallel.mesh import World, in_host_memory
@@ -107,6 +108,7 @@ def parallelize(
             adapted = config != without_adapters(config)
             cast = None if precision == "fp32" or adapted else DTYPES[precision]
             apply_fsdp(stage, world, cast, offload=in_host_memory(recipe), keep_gathered=cut is not None)
+            apply_copies(layers, world, recipe, cast)
             if recipe.recompute == "selective":
                 hide_gathering(layers)
     if cut is None or pp is None:

@@ -47,6 +47,7 @@ ATTENTION = _existing(
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_attention_math", "torch_attn._varlen_attn", "higher_order.flex_attention",
+    "trainwright.flash4",
 )  # fmt: skip
 EXCHANGES = _existing("_c10d_functional.reduce_scatter_tensor", "_c10d_functional.all_to_all_single")
 KEPT = PRODUCTS | ATTENTION | EXCHANGES

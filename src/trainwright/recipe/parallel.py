@@ -14,6 +14,9 @@ class ParallelRecipe(Section):
 
     dp_replicate: int = Field(1, ge=1, description="groups that hold a whole copy; shards live inside a group")
     zero: Literal[0, 1, 2, 3] = Field(3, description="what data ranks shard: 1 optimizer, 2 + gradients, 3 + weights")
+    fsdp_transport: Literal["auto", "nccl", "copy"] = Field(
+        "auto", description="what moves shards inside a machine: NCCL's kernels, or the GPUs' copy engines"
+    )
     tp: int = Field(1, ge=1, description="tensor parallel degree, with sequence-parallel norms")
     async_tp: bool = Field(False, description="overlap tp's collectives with matmuls (compiled layers on NVLink)")
     cp: int = Field(1, ge=1, description="context parallel degree: a sequence split over GPUs")

@@ -22,6 +22,7 @@ from trainwright.data.loader import Batch, Loader
 from trainwright.data.prepare import prepare
 from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
 from trainwright.errors import UserError
+from trainwright.model.kernels.flash import activate as newest_flash
 from trainwright.parallel.layout import check_model
 from trainwright.parallel.mesh import join_world
 from trainwright.parallel.split import check_micro_batches
@@ -157,8 +158,8 @@ class Trainer:
         if self.adapter_began is not None and not going_on:  # before any step: a checkpoint is nothing without it
             whole = WholeWeights(self.model, self.world)
             write_adapter(self.model.config, whole, self.adapter_began, write=self.world.is_main)
-        newer = torch.nn.attention.current_flash_attention_impl()
-        self.spread_notes = spread.notes + ([f"attention of packed rows: {newer}"] if newer else [])
+        newer = newest_flash(self.world.device).name if self.model.attention_backend in ("auto", "flash") else None
+        self.spread_notes = spread.notes + ([f"attention: {newer}"] if newer else [])
         self.passes: Any = spread.pipeline or self.model  # what runs forward and backward; weights are the model's
         self.optimizers = build_optimizer(
             self.model,

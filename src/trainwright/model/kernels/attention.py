@@ -4,8 +4,8 @@ Owns the choice of a backend from mask, dtype and device. Backends:
     eager    written out, softmax in float32: the reference
     sdpa     torch's scaled_dot_product_attention, its own choice of kernel; a dense mask where one is needed
     cudnn    the same, cuDNN's kernel first (on Hopper almost twice flash attention 2)
-    flash    the same, flash attention first
-    varlen   torch.nn.attention.varlen: packed documents and windows without any mask tensor, by flash attention too
+    flash    FlashAttention-4 where it is in use, else the same, flash attention first
+    varlen   packed documents and windows without any mask tensor: FlashAttention-4, else torch.nn.attention.varlen
     flex     torch.nn.attention.flex_attention, compiled: ALiBi, prefixes and their mixtures without a dense bias
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from trainwright.model.kernels import flash4
 from trainwright.model.mask import AttentionMask, document_offsets
 
 Backend = Literal["auto", "eager", "sdpa", "cudnn", "flash", "varlen", "flex"]
@@ -46,7 +47,7 @@ def choose(mask: AttentionMask, *, device: torch.device, dtype: torch.dtype, ali
     if mask.seen.query_cu_seqlens is not None and not alibi:
         return "varlen"
     if mask.causal_only and not alibi:
-        return "flash" if wanted == "flash" else "cudnn"
+        return "flash" if wanted == "flash" or (wanted == "auto" and flash4.in_use()) else "cudnn"
     whole = mask.seen.num_queries == mask.seen.num_keys
     if whole and not alibi and mask.seen.prefix_BT is None:
         return "varlen"
@@ -86,6 +87,8 @@ def attention(
     chosen = choose(mask, device=q_BSND.device, dtype=q_BSND.dtype, alibi=alibi, wanted=backend)
     if chosen == "varlen":
         return varlen(q_BSND, k_BTKD, v_BTKD, mask, scale)
+    if chosen == "flash" and q_BSND.shape[1] == k_BTKD.shape[1] and flash4.takes(q_BSND):
+        return flash4.rows(q_BSND, k_BTKD, v_BTKD, scale)
     q, k, v = (x.transpose(1, 2) for x in (q_BSND, k_BTKD, v_BTKD))
     if chosen == "flex":
         return _flex(q, k, v, mask, scale, slopes_N).transpose(1, 2)
@@ -101,7 +104,7 @@ def attention(
 
     if chosen == "sdpa":
         return call().transpose(1, 2)
-    with sdpa_kernel(_KERNELS[chosen], set_priority=True):
+    with sdpa_kernel(_KERNELS["flash" if backend == "flash" else "cudnn"], set_priority=True):
         return call().transpose(1, 2)
 
 
@@ -151,15 +154,19 @@ def varlen(q_BSND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: AttentionMask, 
         offsets = document_offsets(mask.seen.document_ids_BT)
     if offsets is None:  # a window over whole rows
         offsets = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=q_BSND.device)
-    left = -1 if mask.window is None else mask.window - 1
     q, k, v = (x.flatten(0, 1) for x in (q_BSND, k_BTKD, v_BTKD))
+    of_queries = mask.seen.query_cu_seqlens
+    of_queries = offsets if of_queries is None else of_queries
+    most_queries = min(longest, S)
+    # A document's last query is its last key's: these kernels align a causal mask there.
+    if flash4.takes(q):
+        both, most = (of_queries, offsets), (most_queries, longest)
+        return flash4.documents(q, k, v, both, most, scale, mask.window).unflatten(0, (B, S))
+    left = -1 if mask.window is None else mask.window - 1
     rule: dict[str, Any] = {"scale": scale, "window_size": (left, 0)}
     if _VARLEN_NAMES_GQA:
         rule["enable_gqa"] = q.shape[1] != k.shape[1]
-    of_queries = mask.seen.query_cu_seqlens
-    of_queries = offsets if of_queries is None else of_queries
-    # A document's last query is its last key's: these kernels align a causal mask there.
-    out: Any = varlen_attn(q, k, v, of_queries, offsets, min(longest, S), longest, **rule)
+    out: Any = varlen_attn(q, k, v, of_queries, offsets, most_queries, longest, **rule)
     return out.unflatten(0, (B, S))
 
 
@@ -210,4 +217,5 @@ def describe(device: torch.device) -> str:
     from trainwright.model.kernels.flash import activate
 
     newest = activate(device)
-    return f"cudnn (plain causal), varlen (packed documents, windows) by {newest}, flex (ALiBi, prefix)"
+    plain = "flash" if flash4.in_use() else "cudnn"
+    return f"{plain} (plain causal), varlen (packed documents, windows) by {newest}, flex (ALiBi, prefix)"

@@ -1,14 +1,15 @@
-"""Which flash attention stands behind torch's operators: the one that torch carries, or a newer one that is installed.
+"""Which flash attention computes: the one that torch carries, or a newer one that is installed.
 
-torch 2.11 and later can put another implementation behind them (`torch.nn.attention.activate_flash_attention_impl`):
-FlashAttention-3 (Shah et al. 2024, package `flash_attn_interface`, Hopper) or 4 (`flash_attn.cute`, Hopper and
-Blackwell). The backends `varlen` and `flash` are served by it. torch's own, generation 2, reaches about half of what
-Hopper can do. Owns the choice, once in a process: the first that can be imported and whose numbers are right.
+FlashAttention-4 (`flash-attn-4`, Hopper and Blackwell) stands behind operations of ours (`flash4.py`), and takes plain
+causal rows from cuDNN as well. FlashAttention-3 (Shah et al. 2024, package `flash_attn_interface`, Hopper) torch 2.11
+and later puts behind its own operators (`torch.nn.attention.activate_flash_attention_impl`). The backends `varlen` and
+`flash` are served by them; torch's own, generation 2, reaches about half of what Hopper can do. Owns the choice, once
+in a process: the first that can be imported and whose numbers are right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trainwright.model.kernels import flash4
 from trainwright.model.kernels.attention import attention, varlen
 from trainwright.model.mask import AttentionMask, Visibility
 
-GENERATIONS = ("FA3", "FA4")
-"""In the order in which they are tried: 3 is made for Hopper, 4 needs the newest Python packages."""
+GENERATIONS = ("FA4", "FA3")
+"""In the order in which they are tried."""
 TOLERANCE = 0.03
 """Of the largest number of a result: bf16 has three digits, and sums are taken in another order."""
 
@@ -46,24 +48,21 @@ def activate(device: torch.device) -> Flash:
 
 def first_that_works(device: torch.device, names: Iterable[str] = GENERATIONS) -> Flash:
     """Tries one after the other; what cannot be imported, does not run or gives other numbers is left out."""
-    switch = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
-    if switch is None:
-        return Flash(refused=("this torch has no switch",))
     refused: list[str] = []
     for name in names:
-        why = _refusal(switch, name, device)
+        why = _refusal(name, device)
         if why is None:
             return Flash(name, tuple(refused))
         refused.append(f"{name}: {why}")
     return Flash(refused=tuple(refused))
 
 
-def _refusal(switch: Callable[[str], None], name: str, device: torch.device) -> str | None:
-    """Activates `name` and leaves it so where it works; else why not, with torch's own back in its place."""
-    if name not in torch.nn.attention.list_flash_attention_impls():
+def _refusal(name: str, device: torch.device) -> str | None:
+    """Puts `name` in use and leaves it so where it works; else why not, with torch's own back in its place."""
+    if name != "FA4" and name not in torch.nn.attention.list_flash_attention_impls():
         return "unknown to this torch"
     try:
-        switch(name)
+        flash4.load() if name == "FA4" else torch.nn.attention.activate_flash_attention_impl(name)
     except Exception as error:  # not installed; or made for another torch or CUDA, which fails in its own ways
         return _first_line(error)
     try:
@@ -71,7 +70,7 @@ def _refusal(switch: Callable[[str], None], name: str, device: torch.device) -> 
     except Exception as error:  # a card or a case that it does not take
         wrong = _first_line(error)
     if wrong is not None:
-        torch.nn.attention.restore_flash_attention_impl()
+        flash4.unload() if name == "FA4" else torch.nn.attention.restore_flash_attention_impl()
     return wrong
 
 
@@ -110,6 +109,8 @@ def _both(mask: AttentionMask, device: torch.device) -> tuple[list[Tensor], list
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if mask.seen.document_ids_BT is not None:
             return varlen(q, k, v, mask, scale)
+        if flash4.takes(q):
+            return flash4.rows(q, k, v, scale)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
