@@ -14,6 +14,7 @@ OPTIONAL = {
     "transformers": "tests and benchmarks only",
     "liger-kernel": "faster kernels: pip install 'trainwright[gpu]'",
     "bitsandbytes": "8-bit optimizers, int8 and nf4 kernels: pip install 'trainwright[gpu]'",
+    "flash-attn-4": "attention on Hopper and Blackwell: pip install 'trainwright[flash]'",
     "tensorboard": "event files: pip install 'trainwright[track]'",
     "gguf": "convert import: pip install 'trainwright[formats]'",
     "sentencepiece": "tokenizers of Llama 1/2, Baichuan, ChatGLM: pip install 'trainwright[formats]'",
