@@ -51,7 +51,8 @@ def test_a_row_of_the_speed_table(name, tmp_path):
 def test_every_row_has_lines_that_fit_the_card(name, card, tmp_path, monkeypatch):
     """The machine may have smaller cards than those that a row was written for: then spare lines take their place."""
     monkeypatch.setattr("trainwright.planner.hardware.this_machine", lambda gpus=None: cluster_of(card, gpus))
-    row, options = speed.ROWS[name], argparse.Namespace(profile=False, small=False, layers=None, folder=tmp_path, gpus=4)
+    row = speed.ROWS[name]
+    options = argparse.Namespace(profile=False, small=False, layers=None, folder=tmp_path, gpus=4)
     chosen = speed.fitting(row, options)
     assert chosen
     for words in chosen.values():
@@ -64,7 +65,7 @@ def test_every_row_has_lines_that_fit_the_card(name, card, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", [*layouts.FOUR, *layouts.TWO, *layouts.MORE, *layouts.STARTS])
 def test_a_layout(name, tmp_path):
-    options = argparse.Namespace(profile=False, small=False, seq_len=1024, steps=100, folder=tmp_path, learning_rate=1e-4)
+    options = argparse.Namespace(small=False, seq_len=1024, steps=100, folder=tmp_path, learning_rate=1e-4)
     gpus = 2 if name in layouts.TWO else 4
     check(layouts.recipe_of(options, name, gpus), gpus)
 
