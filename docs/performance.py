@@ -2,6 +2,7 @@
 
 python docs/performance.py [--check]
 python docs/performance.py --keep FOLDER NAME      a benchmark's results.json becomes benchmarks/results/NAME.json
+python docs/performance.py --keep-speed FILE NAME  what speed_gpu.py wrote with --out is added to it as one more run
 
 NAME is that of the shipped matrix; planner_* are docs/planner.md's. What is kept has no logs and no paths of a machine,
 and `trainwright bench NAME --folder F` goes on from it where it lies as F/results.json.
@@ -20,12 +21,13 @@ from pages import write_or_check
 
 from trainwright.bench.matrix import matrix_names
 from trainwright.bench.table import markdown_table, tables
+from trainwright.planner.hardware import find_card
 from trainwright.store import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- measured: python docs/performance.py -->\n", "<!-- end -->"
+BEGIN, END = "<!-- {}: python docs/performance.py -->\n", "<!-- end -->"
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
 
 Row = dict[str, Any]
@@ -75,14 +77,57 @@ def measured() -> Iterator[str]:
             yield section(name, results)
 
 
+def speed() -> Iterator[str]:
+    """A table for each result of `benchmarks/speed_gpu.py` that is kept: both sides, the ratio inside of one run."""
+    for path in sorted(RESULTS.glob("speed_*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        lines = results["lines"]
+        best: dict[tuple[int, str], float] = {}
+        flops: dict[str, float] = {}
+        for line in lines:
+            key, rate = (line["run"], line["row"]), line["tokens_per_second_per_gpu"]
+            if line["side"] != "ours":
+                best[key] = max(rate, best.get(key, 0.0))
+            flops[line["row"]] = line.get("causal_flops_per_token") or flops.get(line["row"], 0.0)
+        yield f"{results['title']}, torch {results['torch']}:"
+        rows = ["| row | run | who | tokens/s/GPU | ours / best peer | MFU causal | step s | GiB |"]
+        rows.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+        for line in sorted(lines, key=lambda line: line["row"]):  # stable: each row in the order of its runs
+            rate, peer = line["tokens_per_second_per_gpu"], best.get((line["run"], line["row"]))
+            who = ("" if line["side"] == "ours" else "torchtitan: ") + line["who"]
+            ratio = f"{rate / peer:.3f}" if peer and line["side"] == "ours" else ""
+            share = rate * flops[line["row"]] / (find_card(results["device"]).peak("bf16") or 1)
+            used = f"{share:.1%}" if share else ""
+            rows.append(
+                f"| {line['row']} | {line['run']} | {who} | {rate:,.0f} | {ratio} | {used} | "
+                f"{line['step_seconds']:.3f} | {line['peak_memory_gib']:.1f} |"
+            )
+        yield "\n".join(rows)
+
+
 def page(text: str) -> str:
     """The page with everything between its markers made anew; what people wrote stays."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"docs/performance.md has no {BEGIN.strip()} ... {END}")
-    sections = "\n\n".join(measured()) or "No result of a shipped matrix is kept yet."
-    return f"{before}{BEGIN}\n{sections}\n\n{END}{after}"
+    for name, parts in (("measured", measured), ("speed", speed)):
+        start = BEGIN.format(name)
+        before, begin, rest = text.partition(start)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            sys.exit(f"docs/performance.md has no {start.strip()} ... {END}")
+        sections = "\n\n".join(parts()) or "No result is kept yet."
+        text = f"{before}{start}\n{sections}\n\n{END}{after}"
+    return text
+
+
+def keep_speed(written: Path, name: str) -> Path:
+    """The lines that ended well become one more run of a speed table, without their kernels."""
+    target = RESULTS / f"{name}.json"
+    results = json.loads(target.read_text(encoding="utf-8"))
+    run = 1 + max(line["run"] for line in results["lines"])
+    for line in json.loads(written.read_text(encoding="utf-8")):
+        if "error" not in line:
+            results["lines"].append({"run": run, **{key: value for key, value in line.items() if key != "kernels"}})
+    write_json(target, results)
+    return target
 
 
 def keep(folder: Path, name: str) -> Path:
@@ -104,6 +149,8 @@ def main() -> None:
     words = sys.argv[1:]
     if words[:1] == ["--keep"]:
         print(keep(Path(words[1]), words[2]))
+    if words[:1] == ["--keep-speed"]:
+        print(keep_speed(Path(words[1]), words[2]))
     write_or_check(PAGE, page)
 
 

@@ -10,10 +10,12 @@ with those that `doctor --measure` wrote on that machine where `benchmarks/resul
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +31,12 @@ from trainwright.planner.hardware import GIB, cluster_of
 from trainwright.planner.memory import plan_memory
 from trainwright.planner.plan import Plan, plan
 from trainwright.planner.speed import plan_speed
+from trainwright.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "planner.md"
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))  # the speed table's own recipes
 STATES = ROOT / "tests" / "planner" / "test_states.py"
 
 os.environ["TRAINWRIGHT_CALIBRATION"] = str(RESULTS / "none")  # the shipped efficiencies, not this machine's own
@@ -110,6 +114,7 @@ FITTED = {
     "001_h200_4": {"meta-llama/Llama-2-7b"},
     "002_llama2_7b_peft": {"fp16 4 x 64", "int4 4 x 512", "fp16 16 x 512"},
     "planner_qlora_h200_1": {"QLoRA 512, little memory", "int8 8 x 512, 12.6 GB"},
+    "speed_h200_4": {"ZeRO-3, 2 rows, NCCL", "ZeRO-3, 2 rows", "ZeRO-3, 3 rows", "ZeRO-3, tensorwise, 2 rows"},
 }
 Errors = tuple[str, float | None, float | None, bool]  # use of a row, of memory, of time, said to fit and did not
 
@@ -122,6 +127,10 @@ def measured() -> str:
             errors, text = _measured(path)
             every += errors
             parts.append(text)
+    for path in sorted(RESULTS.glob("speed_*.json")):
+        errors, text = _speed_table(path)
+        every += errors
+        parts.append(text)
     parts.insert(0, f"### All {len(every)} rows\n\n{_bounds(every)}")
     for name in ("planner_h200_1", "planner_h200_2", "planner_h200_4"):
         if not (RESULTS / f"{name}.json").exists():
@@ -152,6 +161,31 @@ def _measured(path: Path) -> tuple[list[Errors], str]:
     heads = "row | use | GiB taken: | planned: | error: | step s taken: | planned: | error:"
     parts = [f"### {results['title']}", results.get("source", ""), _bounds(errors), table(heads, lines)]
     return errors, "\n\n".join(part for part in parts if part)
+
+
+def _speed_table(path: Path) -> tuple[list[Errors], str]:
+    """Our lines of a kept result of `benchmarks/speed_gpu.py`."""
+    import speed_gpu
+
+    results = json.loads(path.read_text(encoding="utf-8"))
+    options = argparse.Namespace(small=False, layers=None, folder=Path("speed"), profile=False)
+    lines, errors = [], list[Errors]()
+    for line in results["lines"]:
+        if line["side"] != "ours":
+            continue
+        recipe = speed_gpu.ours(speed_gpu.ROWS[line["row"]], line["words"], options)["recipe"]
+        made = plan(load_recipe(recipe), cluster_of(results["device"], line["gpus"]), calibration=None)
+        planned, seconds = made.memory.allocated / GIB, line["step_seconds"]
+        of_memory = error(planned, line["peak_memory_gib"])
+        of_time = error(made.speed.step_seconds, seconds) if made.fits else None  # no speed is promised there
+        use = "calibration" if line["who"] in FITTED[path.stem] else "held out"
+        errors.append((use, of_memory, of_time, False))
+        ours = f"{planned:.1f}" + ("" if made.fits else ", does not fit")
+        name, step = f"{line['row']}: {line['who']}", f"{made.speed.step_seconds:.3g}"
+        taken = f"{line['peak_memory_gib']:.1f}"
+        lines.append([name, use, taken, ours, percent(of_memory), f"{seconds:.3g}", step, percent(of_time)])
+    heads = "row | use | GiB taken: | planned: | error: | step s taken: | planned: | error:"
+    return errors, "\n\n".join([f"### {results['title']}", _bounds(errors), table(heads, lines)])
 
 
 def _plan(cell: Cell, row: dict[str, Any], calibration: Calibration | None, then: dict[str, Any]) -> Plan:

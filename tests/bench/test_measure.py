@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from trainwright.bench import measure
 from trainwright.planner.calibration import load_calibration, read_calibration
@@ -49,6 +51,14 @@ def test_a_context_that_serves_once(quick, monkeypatch):
 
     monkeypatch.setattr(measure._Bench, "_backends", lambda self: iter([("flash", once)]))
     assert measure.measure().attention["flash"].backward > 0
+
+
+def test_work_goes_on_until_a_card_has_settled():
+    bench = measure._Bench(torch.device("cpu"), cpu_card())
+    calls = []
+    assert bench.seconds(lambda: calls.append(time.perf_counter()), settle=0.1) < 0.1
+    assert len([call for call in calls if call < calls[0] + 0.1]) > 9
+    assert calls[-1] - calls[0] >= 0.099
 
 
 def test_two_points_give_the_limit_and_the_half():

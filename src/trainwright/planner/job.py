@@ -159,6 +159,17 @@ class Job:
         return (self.layout.world_size > 1 or self.states_in_host) and self.program.weights_sharded_from == 1
 
     @property
+    def copies(self) -> bool:
+        """Whether copy engines move shards: those of ranks in one machine."""
+        inside = self.shards * self.layout.tp <= self.cluster.gpus_per_node
+        return self.program.copies and self.fsdp and self.shards > 1 and inside
+
+    @property
+    def copies_reduce(self) -> bool:
+        """Whether they bring gradients too: where each backward pass ends in a sum over ranks."""
+        return self.copies and self.layout.zero >= 2 and self.layout.pp == 1
+
+    @property
     def states_in_host(self) -> bool:
         """Whether weights, gradients and optimizer states wait in host memory, where the update runs."""
         return self.recipe.parallel.offload in ("optimizer", "all")

@@ -162,8 +162,17 @@ class _Walk:
             "gradients": here * states.gradients if gradients else 0,
             "workspaces": int(self.program.workspace_gib * GIB),
             "communication": int(self.program.bucket_gib * GIB) if self.job.layout.world_size > 1 else 0,
+            "copies' buffers": self._copies(),
         }
         return {name: size for name, size in parts.items() if size}
+
+    def _copies(self) -> int:
+        """What peers read: two layers' weights, one's gradients; kept from the first pass on."""
+        if not self.job.copies:
+            return 0
+        weights = max((group_bytes(self.job, group) for group in self.groups), default=0)
+        gradients = self._largest_layer(trained=True) * self.program.compute if self.job.copies_reduce else 0
+        return 2 * weights + gradients
 
     def _gathered(self, *, backward: bool) -> Parts:
         """Whole weights that exist beside the shards: those of running layers, or of all where they stay gathered."""

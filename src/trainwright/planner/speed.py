@@ -16,6 +16,9 @@ from trainwright.planner.job import Job, LayerGroup, Stage
 from trainwright.planner.states import group_bytes, group_elements, stage_states, whole_bytes, whole_elements
 from trainwright.planner.work import Work, head_work, kind_work, kv_width
 
+COPIED = 0.3
+"""What is left of collectives' contention where copy engines move shards: 33 ms less of 46 (docs/decisions.md)."""
+
 
 @dataclass(frozen=True)
 class SpeedPlan:
@@ -180,20 +183,22 @@ class _StageTime:
         trained = group_elements(self.job, group, trained=True)
         parts["gradients added up"] = self._adding_up(trained)
         inner_forward, inner_backward = self._activations_travel()
+        size = group_bytes(self.job, group)
+        out, back = self._buffered(size, trained)
         # The host starts kernels while the device computes and sends; where it takes longer, the device waits for it.
         forward, backward = work.device
         started_again = work.host[0] * again / forward if forward else 0.0
-        waits = max(0.0, work.host[0] - forward - inner_forward)
-        device = backward + again + inner_backward + parts["gradients added up"]
+        waits = max(0.0, work.host[0] - forward - inner_forward - out)
+        device = backward + again + inner_backward + parts["gradients added up"] + back
         parts["host"] = waits + max(0.0, work.host[1] + started_again - device)
         parts["activations' travel"] = inner_forward + inner_backward
-        forward, backward = self._weights_travel(group_bytes(self.job, group), trained)
+        forward, backward = self._weights_travel(size, trained)
         shown, slowed = 0.0, 0.0
         for travel, compute in ((forward, work.forward), (backward, work.backward + again)):
             hidden = min(travel, compute) * self.job.calibration.overlap * self.program.overlap
             shown += travel - hidden
-            slowed += hidden * self.job.calibration.contention
-        parts["weights' travel"] = shown + slowed
+            slowed += hidden * self.job.calibration.contention * (COPIED if self.job.copies else 1.0)
+        parts["weights' travel"] = shown + slowed + out + back
         return parts
 
     def _host_travel(self, work: Work, layer: int) -> float:
@@ -238,6 +243,20 @@ class _StageTime:
         once = job.layout.zero <= 1 or job.layout.pp > 1
         sums = sums / job.accumulation if once else sums
         return (gather / job.accumulation if job.fsdp else 0.0), sums
+
+    def _buffered(self, size: int, trained: int) -> tuple[float, float]:
+        """Seconds in which one layer's weights are copied out of what was gathered, and its gradients into what is
+        reduced and out of it, forward and backward: bytes that FSDP reads and writes, which no link bounds."""
+        job, program = self.job, self.program
+        if not job.fsdp or job.shards == 1:
+            return 0.0, 0.0
+        bandwidth = job.cluster.card.bandwidth * GIGA * job.calibration.bandwidth
+        each_pass = job.layout.zero >= 3 and job.layout.pp == 1
+        gather = 2 * size / bandwidth / (1 if each_pass else job.accumulation)
+        wire = program.compute if job.copies_reduce else program.reduce
+        sums = trained * (program.compute + 2 * wire) / bandwidth
+        sums /= job.accumulation if job.layout.zero <= 1 or job.layout.pp > 1 else 1
+        return gather, sums + (gather if each_pass else 0.0)
 
     def _activations_travel(self) -> tuple[float, float]:
         """Collectives on one layer's activations, which hide behind nothing."""
