@@ -211,8 +211,8 @@ def test_adapters(layout: Layout) -> None:
         assert float((spread[name] - grad).norm()) <= TOLERANCE * max(float(grad.norm()), floor), name
 
 
-def refused() -> str:
-    case = Case("llama", TP2, (("async_tp", True),))
+def refused(key: str, value: Any) -> str:
+    case = Case("llama", TP2, ((key, value),))
     try:
         trace_of(case)
     except UserError as error:
@@ -220,5 +220,8 @@ def refused() -> str:
     return ""
 
 
-def test_overlap_that_this_machine_has_not_is_refused() -> None:
-    assert "async_tp=true needs train.compile=true on CUDA, this is cpu" in run(2, refused)[0]
+def test_what_this_machine_has_not_is_refused() -> None:
+    assert "async_tp=true needs train.compile=true on CUDA, this is cpu" in run(2, refused, "async_tp", True)[0]
+    said = run(2, refused, "fsdp_transport", "copy")[0]
+    assert "fsdp_transport=copy needs shards on several GPUs" in said
+    assert "1 on cpu, pp=1: set nccl" in said

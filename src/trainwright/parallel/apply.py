@@ -50,16 +50,18 @@ class Spread:
     """What became of a model.
 
     pipeline: what runs the passes instead of the model where layers are in stages. rows: how context parallelism shares
-    a row.
+    a row. travel: what moves shards, in words.
     """
 
     pipeline: Pipeline | None = None
     rows: RowSplit | None = None
+    travel: str | None = None
 
     @property
     def notes(self) -> list[str]:
         """What was chosen, in words, one line each."""
         notes = [f"context parallel: {self.rows.why}"] if self.rows is not None else []
+        notes += [self.travel] if self.travel is not None else []
         return notes + ([str(self.pipeline)] if self.pipeline is not None else [])
 
 
@@ -86,7 +88,7 @@ def parallelize(
                 f"parallel.async_tp=true needs train.compile=true on CUDA, this is {world.device.type}: leave it out"
             )
         overlap(tp)
-    cut, stages, rows = None, [model], None
+    cut, stages, rows, travel = None, [model], None, None
     if pp is not None:
         cut = _cut(model, pp, recipe, world, DTYPES[precision], seq_len)
         stages = cut_model(model, cut)
@@ -108,11 +110,11 @@ def parallelize(
             adapted = config != without_adapters(config)
             cast = None if precision == "fp32" or adapted else DTYPES[precision]
             apply_fsdp(stage, world, cast, offload=in_host_memory(recipe), keep_gathered=cut is not None)
-            apply_copies(layers, world, recipe, cast)
+            travel = apply_copies(layers, world, recipe, cast)
             if recipe.recompute == "selective":
                 hide_gathering(layers)
     if cut is None or pp is None:
-        return Spread(rows=rows)
+        return Spread(rows=rows, travel=travel)
     shape = _stream_shape(rows, layout.cp)
     pipeline = Pipeline(
         model,

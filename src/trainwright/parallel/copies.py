@@ -33,31 +33,51 @@ ALONE = 2
 """Holders of a buffer's memory that nobody has taken: the ring's tensor, and the storage that asks."""
 
 
-def apply_copies(layers: list[nn.Module], world: World, recipe: ParallelRecipe, dtype: torch.dtype | None) -> None:
+def apply_copies(
+    layers: list[nn.Module], world: World, recipe: ParallelRecipe, dtype: torch.dtype | None
+) -> str | None:
     """Lets copy engines move what FSDP shards of these layers, unless `parallel.fsdp_transport` says nccl.
 
-    dtype: what FSDP casts weights to, None where it casts nothing. Where the ranks of a shard cannot read each other's
-    memory `auto` leaves it to NCCL, and `copy` raises UserError.
+    dtype: what FSDP casts weights to, None where it casts nothing. Returns what became of it in words, None where there
+    was no choice. Where the ranks of a shard cannot read each other's memory `auto` leaves it to NCCL, and `copy`
+    raises UserError.
     """
-    if recipe.fsdp_transport == "nccl":
-        return
-    # Gradients that are added up over micro batches before they are reduced are wider than the weights: NCCL's.
-    wire = dtype if world.layout.zero >= 2 and world.layout.pp == 1 else None
-    experts = [layer.mlp.experts for layer in layers if world.layout.ep > 1 and isinstance(layer.mlp, Moe)]
-    for modules, mesh in ((layers, world.fsdp_mesh()), (experts, world.fsdp_mesh(experts=True))):
-        group = mesh.get_group(mesh.ndim - 1)
-        if can_copy(group, world.device):
-            _use(cast(list[FSDPModule], modules), group, wire, int(recipe.timeout_minutes * 60_000))
-        elif recipe.fsdp_transport == "copy":
+    layout, asked = world.layout, recipe.fsdp_transport == "copy"
+    meshes = [world.fsdp_mesh(), world.fsdp_mesh(experts=True)] if layout.ep > 1 else [world.fsdp_mesh()]
+    parts = [layers, [layer.mlp.experts for layer in layers if isinstance(layer.mlp, Moe)]]
+    groups = [mesh.get_group(mesh.ndim - 1) for mesh in meshes]
+    shared = [(group, part) for group, part in zip(groups, parts, strict=False) if group.size() > 1]
+    able = bool(shared) and all(can_copy(group, world.device) for group, _ in shared)
+    # A pipeline gathers once a step, and has a model of its own for each stage.
+    if recipe.fsdp_transport == "nccl" or layout.pp > 1 or not able:
+        if asked:
             raise UserError(
                 "parallel.fsdp_transport=copy needs shards on several GPUs of one machine that read each other's "
-                f"memory, these are {group.size()} on {world.device.type}: set nccl"
+                f"memory, and no pipeline; here are {groups[0].size()} on {world.device.type}, pp={layout.pp}: set nccl"
             )
+        return None
+    timeout_ms = int(recipe.timeout_minutes * 60_000)
+    try:
+        rings = [Ring(group, timeout_ms) for group, _ in shared]
+        for ring in rings:
+            ring.take(16, torch.uint8, world.device)
+        why = None
+    except RuntimeError as error:  # a container that shares no memory between processes, an old driver
+        why = (str(error).splitlines() or ["?"])[0]
+    if (why := world.first_error(why)) is not None:
+        if asked:
+            raise UserError(f"parallel.fsdp_transport=copy: {why}: set nccl")
+        return f"shards travel by NCCL: {why}"
+    # Gradients that are added up over micro batches before they are reduced are wider than the weights: NCCL's.
+    wire = dtype if layout.zero >= 2 else None
+    for ring, (_, part) in zip(rings, shared, strict=True):
+        _use(ring, cast(list[FSDPModule], part), wire)
+    return "shards travel by copy engines"
 
 
 def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether the ranks of a group are GPUs of one machine that read each other's memory."""
-    if device.type != "cuda" or group.size() == 1:
+    if device.type != "cuda":
         return False
     local, here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.index or 0
     ranks = dist.get_process_group_ranks(group)
@@ -66,9 +86,9 @@ def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     return all(rank % local == here or torch.cuda.can_device_access_peer(here, rank % local) for rank in ranks)
 
 
-def _use(modules: list[FSDPModule], group: dist.ProcessGroup, wire: torch.dtype | None, timeout_ms: int) -> None:
-    gather = CopyGather(Ring(group, timeout_ms))
-    reduce = None if wire is None else CopyReduce(Ring(group, timeout_ms), wire)
+def _use(ring: Ring, modules: list[FSDPModule], wire: torch.dtype | None) -> None:
+    gather = CopyGather(ring)
+    reduce = None if wire is None else CopyReduce(Ring(ring.group, ring.timeout_ms), wire)
     for module in modules:
         module.set_custom_all_gather(gather)
         if reduce is not None:

@@ -162,12 +162,12 @@ class Job:
     def copies(self) -> bool:
         """Whether copy engines move shards: those of ranks in one machine."""
         inside = self.shards * self.layout.tp <= self.cluster.gpus_per_node
-        return self.program.copies and self.fsdp and self.shards > 1 and inside
+        return self.program.copies and self.fsdp and self.shards > 1 and inside and self.layout.pp == 1
 
     @property
     def copies_reduce(self) -> bool:
         """Whether they bring gradients too: where each backward pass ends in a sum over ranks."""
-        return self.copies and self.layout.zero >= 2 and self.layout.pp == 1
+        return self.copies and self.layout.zero >= 2
 
     @property
     def states_in_host(self) -> bool:
