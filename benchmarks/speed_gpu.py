@@ -440,7 +440,7 @@ def main() -> int:
     every: list[dict[str, Any]] = []
     began = time.perf_counter()
     for number, (name, side, who, program, run, row) in enumerate(lines(options)):
-        log = options.folder / f"line-{number}.log"
+        log = options.folder / f"{name}-{side}-{number}.log"
         found = measure(program, run, row, options, log)
         words = row.ours.get(who) or row.spare.get(who, "") if side == "ours" else ""
         line = {"row": name, "side": side, "who": who, "words": words, "gpus": row.gpus or options.gpus}
