@@ -125,7 +125,7 @@ def keep_speed(written: Path, name: str) -> Path:
     run = 1 + max(line["run"] for line in results["lines"])
     for line in json.loads(written.read_text(encoding="utf-8")):
         if "error" not in line:
-            results["lines"].append({"run": run, **{key: value for key, value in line.items() if key != "kernels"}})
+            results["lines"].append({**{key: value for key, value in line.items() if key != "kernels"}, "run": run})
     write_json(target, results)
     return target
 

@@ -23,7 +23,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.RESULTS, module.PAGE = tmp_path / "results", tmp_path / "performance.md"
-    module.PAGE.write_text(f"before\n\n{module.BEGIN}old\n{module.END}\nafter\n")
+    tables = "\nbetween\n".join(f"{module.BEGIN.format(name)}old\n{module.END}" for name in ("measured", "speed"))
+    module.PAGE.write_text(f"before\n\n{tables}\nafter\n")
     return module
 
 
@@ -56,6 +57,32 @@ def test_what_is_kept_is_shown(script, tmp_path):
     assert script.page(page) == page  # made anew, it stays
 
 
+def test_runs_of_the_speed_table_are_kept_one_after_the_other(script, tmp_path):
+    """A ratio is to the best peer of the same run; lines that failed and kernels are left out."""
+    script.RESULTS.mkdir()
+    kept, given = script.RESULTS / "speed_x.json", tmp_path / "out.json"
+    kept.write_text(
+        json.dumps({"title": "A table", "device": "H200", "torch": "2.11", "lines": [line(1, "peer", 500)]})
+    )
+    ours = {**line(0, "ours", 1100), "causal_flops_per_token": 9.895e11, "kernels": [[1.0, 1, "k"]]}
+    given.write_text(
+        json.dumps([line(0, "peer", 1000), ours, {"row": "bf16", "side": "ours", "who": "x", "error": "y"}])
+    )
+    assert script.keep_speed(given, "speed_x") == kept
+    lines = json.loads(kept.read_text())["lines"]
+    assert [(each["run"], each["side"]) for each in lines] == [(1, "peer"), (2, "peer"), (2, "ours")]
+    assert not any("kernels" in each for each in lines)
+    page = script.page(script.PAGE.read_text())
+    assert "A table, torch 2.11:\n\n| row | run |" in page
+    assert "| bf16 | 2 | who | 1,100 | 1.100 | 110.0% | 2.000 | 3.0 |" in page
+    assert "| bf16 | 1 | torchtitan: who | 500 |  | 50.0% | 2.000 | 3.0 |" in page
+
+
+def line(run: int, side: str, rate: float) -> dict[str, Any]:
+    found = {"tokens_per_second_per_gpu": rate, "step_seconds": 2.0, "peak_memory_gib": 3.0}
+    return {"run": run, "row": "bf16", "side": side, "who": "who", "words": "", "gpus": 4, **found}
+
+
 def test_a_stale_page_is_refused(script, monkeypatch):
     monkeypatch.setattr("sys.argv", ["performance.py", "--check"])
     with pytest.raises(SystemExit, match="is stale"):
@@ -64,6 +91,6 @@ def test_a_stale_page_is_refused(script, monkeypatch):
     script.main()
     monkeypatch.setattr("sys.argv", ["performance.py", "--check"])
     script.main()
-    assert "No result of a shipped matrix is kept yet." in script.PAGE.read_text()
+    assert script.PAGE.read_text().count("No result is kept yet.") == 2
     with pytest.raises(SystemExit, match="no shipped matrix"):
         script.keep(Path("x"), "no_such")
