@@ -41,6 +41,16 @@ def fourth(monkeypatch):
     torch.use_deterministic_algorithms(asked)
 
 
+def problem(case, mask):
+    """((q, k, v), what is seen, the same made ready for variable lengths, a gradient of the result)."""
+    rows, length, heads, kv = case
+    random = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(rows, length, n, 16, generator=random).requires_grad_() for n in (heads, kv, kv)]
+    seen = visibility(rows, length, mask, CPU)
+    ready = prepare(seen, "varlen", device=CPU, dtype=torch.float32, slopes_N=None)
+    return qkv, seen, ready, torch.randn(qkv[0].shape, generator=random)
+
+
 NOT_INSTALLED = "FA4: No module named 'flash_attn'"
 
 
@@ -99,12 +109,7 @@ def test_the_fourth_is_given_what_it_needs(case, mask, fourth):
     fourth()
     flash4.load()
     torch._dynamo.reset()
-    rows, length, heads, kv = case
-    random = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(rows, length, n, 16, generator=random).requires_grad_() for n in (heads, kv, kv))
-    seen = visibility(rows, length, mask, CPU)
-    ready = prepare(seen, "varlen", device=CPU, dtype=q.dtype, slopes_N=None)
-    upstream = torch.randn(q.shape, generator=random)
+    (q, k, v), seen, ready, upstream = problem(case, mask)
 
     def ours(q, k, v):
         return flash4.rows(q, k, v, 0.25) if mask == "causal" else varlen(q, k, v, ready, 0.25)
@@ -146,12 +151,7 @@ def test_nothing_is_activated_without_cuda():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_variable_lengths_are_the_dense_mask(case, mask):
     """What GPUs are given for packed documents and windows, against the formula."""
-    rows, length, heads, kv = case
-    random = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(rows, length, n, 16, generator=random).requires_grad_() for n in (heads, kv, kv))
-    seen = visibility(rows, length, mask, CPU)
-    ready = prepare(seen, "varlen", device=CPU, dtype=q.dtype, slopes_N=None)
-    upstream = torch.randn(q.shape, generator=random)
+    (q, k, v), seen, ready, upstream = problem(case, mask)
     with varlen_on_cpu():
         given = varlen(q, k, v, ready, 0.25)
         ours = torch.autograd.grad(given, (q, k, v), upstream)

@@ -26,6 +26,7 @@ from trainwright.model.checkpoint import load_config, load_weights
 from trainwright.model.config import ModelConfig
 from trainwright.model.embed import Head
 from trainwright.model.folder import resolve
+from trainwright.model.kernels.flash import SERVED
 from trainwright.model.kernels.flash import activate as activate_flash
 from trainwright.model.kernels.float8 import Scaling, has_products
 from trainwright.model.linear import Linear
@@ -120,7 +121,7 @@ def build_model(
         model = Transformer(sources.config)
     model.compute_dtype = DTYPES[settings.precision]
     model.set_attention_backend(recipe.model.attention)
-    if recipe.model.attention in ("auto", "cudnn", "flash"):  # packed rows take it in all of them
+    if recipe.model.attention in SERVED:
         activate_flash(world.device)
     if recipe.adapter is not None:
         freeze_base(model)

@@ -22,6 +22,7 @@ from trainwright.data.loader import Batch, Loader
 from trainwright.data.prepare import prepare
 from trainwright.device import get_rng_state, peak_memory_gib, seed_everything, set_deterministic, set_rng_state
 from trainwright.errors import UserError
+from trainwright.model.kernels.flash import SERVED
 from trainwright.model.kernels.flash import activate as newest_flash
 from trainwright.parallel.layout import check_model
 from trainwright.parallel.mesh import join_world
@@ -158,7 +159,7 @@ class Trainer:
         if self.adapter_began is not None and not going_on:  # before any step: a checkpoint is nothing without it
             whole = WholeWeights(self.model, self.world)
             write_adapter(self.model.config, whole, self.adapter_began, write=self.world.is_main)
-        newer = newest_flash(self.world.device).name if self.model.attention_backend in ("auto", "flash") else None
+        newer = newest_flash(self.world.device).name if self.model.attention_backend in SERVED else None
         self.spread_notes = spread.notes + ([f"attention: {newer}"] if newer else [])
         self.passes: Any = spread.pipeline or self.model  # what runs forward and backward; weights are the model's
         self.optimizers = build_optimizer(

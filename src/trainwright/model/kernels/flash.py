@@ -24,6 +24,8 @@ from trainwright.model.mask import AttentionMask, Visibility
 
 GENERATIONS = ("FA4", "FA3")
 """In the order in which they are tried."""
+SERVED = ("auto", "cudnn", "flash")
+"""Wishes for attention (`model.attention`) whose packed rows it computes."""
 TOLERANCE = 0.03
 """Of the largest number of a result: bf16 has three digits, and sums are taken in another order."""
 
