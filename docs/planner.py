@@ -116,6 +116,7 @@ FITTED = {
     "planner_qlora_h200_1": {"QLoRA 512, little memory", "int8 8 x 512, 12.6 GB"},
     "speed_h200_4": {"ZeRO-3, 2 rows, NCCL", "ZeRO-3, 2 rows", "ZeRO-3, 3 rows", "ZeRO-3, tensorwise, 2 rows"},
 }
+HEADS = "row | use | GiB taken: | planned: | error: | step s taken: | planned: | error:"
 Errors = tuple[str, float | None, float | None, bool]  # use of a row, of memory, of time, said to fit and did not
 
 
@@ -153,13 +154,9 @@ def _measured(path: Path) -> tuple[list[Errors], str]:
         use = "calibration" if fitted else "held out"
         errors.append((use, of_memory, of_time, row["status"] == "oom" and made.fits))
         ran = f"{row['peak_memory_gib']:.1f}" if row["status"] == "ok" else "out of memory"
-        ours = f"{memory / GIB:.1f}" + ("" if made.fits else ", does not fit")
         step = f"{seconds:.3g}" if seconds else ""
-        lines.append(
-            [row["name"], use, ran, ours, percent(of_memory), step, f"{made.speed.step_seconds:.3g}", percent(of_time)]
-        )
-    heads = "row | use | GiB taken: | planned: | error: | step s taken: | planned: | error:"
-    parts = [f"### {results['title']}", results.get("source", ""), _bounds(errors), table(heads, lines)]
+        lines.append([row["name"], use, ran, *_planned(made, memory, of_memory, step, of_time)])
+    parts = [f"### {results['title']}", results.get("source", ""), _bounds(errors), table(HEADS, lines)]
     return errors, "\n\n".join(part for part in parts if part)
 
 
@@ -175,17 +172,21 @@ def _speed_table(path: Path) -> tuple[list[Errors], str]:
             continue
         recipe = speed_gpu.ours(speed_gpu.ROWS[line["row"]], line["words"], options)["recipe"]
         made = plan(load_recipe(recipe), cluster_of(results["device"], line["gpus"]), calibration=None)
-        planned, seconds = made.memory.allocated / GIB, line["step_seconds"]
-        of_memory = error(planned, line["peak_memory_gib"])
+        memory, seconds, taken = made.memory.allocated, line["step_seconds"], line["peak_memory_gib"]
+        of_memory = error(memory / GIB, taken)
         of_time = error(made.speed.step_seconds, seconds) if made.fits else None  # no speed is promised there
         use = "calibration" if line["who"] in FITTED[path.stem] else "held out"
         errors.append((use, of_memory, of_time, False))
-        ours = f"{planned:.1f}" + ("" if made.fits else ", does not fit")
-        name, step = f"{line['row']}: {line['who']}", f"{made.speed.step_seconds:.3g}"
-        taken = f"{line['peak_memory_gib']:.1f}"
-        lines.append([name, use, taken, ours, percent(of_memory), f"{seconds:.3g}", step, percent(of_time)])
-    heads = "row | use | GiB taken: | planned: | error: | step s taken: | planned: | error:"
-    return errors, "\n\n".join([f"### {results['title']}", _bounds(errors), table(heads, lines)])
+        step = f"{seconds:.3g}"
+        name = f"{line['row']}: {line['who']}"
+        lines.append([name, use, f"{taken:.1f}", *_planned(made, memory, of_memory, step, of_time)])
+    return errors, "\n\n".join([f"### {results['title']}", _bounds(errors), table(HEADS, lines)])
+
+
+def _planned(made: Plan, memory: int, of_memory: float | None, step: str, of_time: float | None) -> list[str]:
+    """The columns of HEADS from the planned memory (bytes) on; step: what one took."""
+    ours = f"{memory / GIB:.1f}" + ("" if made.fits else ", does not fit")
+    return [ours, percent(of_memory), step, f"{made.speed.step_seconds:.3g}", percent(of_time)]
 
 
 def _plan(cell: Cell, row: dict[str, Any], calibration: Calibration | None, then: dict[str, Any]) -> Plan:
