@@ -108,7 +108,7 @@ ROWS: dict[str, Row] = {
             "ZeRO-3, 1 row": micro(1),
         },
         {"FSDP, 1 row, no recompute": {"training.local_batch_size": 1, **TITAN_NONE}},
-        {"ZeRO-3, 2 rows, selective": f"{budget(20)} {micro(2)}"},
+        {"ZeRO-3, 2 rows, selective": f"{budget(35)} {micro(2)}"},
         {"FSDP, 2 rows, no recompute": {"training.local_batch_size": 2, **TITAN_NONE}},
         {"FSDP, 2 rows, selective": {"training.local_batch_size": 2, **TITAN_MEMORY}},
     ),
@@ -121,7 +121,7 @@ ROWS: dict[str, Row] = {
         {"FSDP, tensorwise, fp8 gather, 2 rows": {"training.local_batch_size": 2, **TITAN_MEMORY, **TITAN_FP8}},
         {
             "ZeRO-3, tensorwise, 1 row": f"train.float8=tensorwise {micro(1)}",
-            "ZeRO-3, tensorwise, 2 rows, selective": f"train.float8=tensorwise {budget(20)} {micro(2)}",
+            "ZeRO-3, tensorwise, 2 rows, selective": f"train.float8=tensorwise {budget(40)} {micro(2)}",
         },
         {"the same, no recompute": {"training.local_batch_size": 2, **TITAN_NONE, **TITAN_FP8}},
         {"the same, 1 row, no recompute": {"training.local_batch_size": 1, **TITAN_NONE, **TITAN_FP8}},
@@ -158,7 +158,7 @@ ROWS: dict[str, Row] = {
     "128k": Row(
         {"CP4 Ulysses, selective": f"parallel.cp=4 {budget(70)} {micro(1)}"},
         {"CP4, full recompute": CP4},
-        {"CP4 Ulysses, full recompute": f"parallel.cp=4 parallel.recompute=full {micro(1)}"},
+        {"CP4 Ulysses, selective, 30 GiB": f"parallel.cp=4 {budget(30)} {micro(1)}"},
         seq_len=131072,
         steps=(1, 2),
         limit=300,
@@ -190,7 +190,14 @@ ROWS: dict[str, Row] = {
         hf="transformers + Liger, 8 bit AdamW, full recompute",
     ),
     # 70
-    "llama2": Row({"TP2 x ZeRO-2": f"parallel.tp=2 parallel.zero=2 {micro(4)}"}, model=LLAMA2, seq_len=4096),
+    "llama2": Row(
+        {
+            "TP2 x ZeRO-2, 4 rows": f"parallel.tp=2 parallel.zero=2 {micro(4)}",
+            "TP2 x ZeRO-2, 4 rows, async": f"parallel.tp=2 parallel.zero=2 parallel.async_tp=true {micro(4)}",
+        },
+        model=LLAMA2,
+        seq_len=4096,
+    ),
     # 150
     "moe": Row(
         {"EP4 x ZeRO-3, 2 rows": f"parallel.ep=4 {micro(2)}"},

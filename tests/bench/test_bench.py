@@ -393,13 +393,14 @@ def test_find_needs_a_cap_on_a_cpu():
 
 
 def test_a_cell_is_known_by_what_decides_it():
-    one, renamed, seed, cap, longer = cells(
+    one, renamed, seed, cap, longer, said = cells(
         [
             {"name": "a"}, {"name": "b", "note": "other", "set": {"name": "b", "output": "elsewhere"}},
             {"name": "c", "set": {"train.seed": 1}}, {"name": "d", "memory_gib": 1}, {"name": "e", "measured_steps": 5},
+            {"name": "f", "set": {"train.max_grad_norm": 1.0, "parallel.tp": 1}},  # their defaults, said
         ]
     )  # fmt: skip
-    assert one.key("CPU") == renamed.key("CPU")
+    assert one.key("CPU") == renamed.key("CPU") == said.key("CPU")
     assert len({cell.key("CPU") for cell in (one, seed, cap, longer)} | {one.key("H200")}) == 5
     assert one.recipe.train.steps == 5
     assert one.recipe.data.path.startswith("made:tokens?rows=20&length=64")

@@ -69,6 +69,17 @@ def test_a_buffer_comes_back_once_nobody_holds_it(ranks):
     assert counted == [16, 16, 16]
 
 
+def test_an_embedding_and_a_head_with_its_norm_take_turns_in_one_buffer(ranks):
+    groups, _, counted = ranks
+    ring = Ring(groups[0], 1000)
+    for numel in (5003 * 64, 5003 * 64 + 64):
+        given = ring.take(numel, torch.bfloat16, CPU)
+        assert given.shape == (numel,)
+        del given
+    (size,) = counted
+    assert 2 * (5003 * 64 + 64) <= size <= 2 * (5003 * 64 + 64) * 9 / 8
+
+
 def test_two_ranks_gather_what_both_have(ranks):
     groups, handles, _ = ranks
     gathers = [CopyGather(Ring(group, 1000)) for group in groups]
@@ -101,7 +112,7 @@ def test_two_ranks_sum_in_float32_what_travels_in_bf16(ranks):
     assert handles[0].met == [0, 1, 0, 1]
     again = reduces[0].allocate((4,), dtype=torch.float32, device=CPU)
     assert again.dtype == torch.bfloat16  # the next one's input
-    assert counted == [8, 8, 8]  # a third on rank 0, whose first is still held
+    assert counted == [16, 16, 16]  # a third on rank 0, whose first is still held
 
 
 def test_machines_apart_are_left_to_nccl(monkeypatch):

@@ -55,9 +55,10 @@ class Cell:
         return self.setting.warmup_steps + self.setting.measured_steps
 
     def key(self, device: str) -> str:
-        """Of all that decides the result: the recipe, the processes, the steps, the cap, the kind of device."""
+        """Of all that decides the result: what the recipe says besides defaults (so that a new key of recipes leaves
+        kept results known), the processes, the steps, the cap, the kind of device."""
         setting = self.setting
-        recipe = self.recipe.model_dump(mode="json", exclude={"name", "description", "output"})
+        recipe = self.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"name", "description", "output"})
         told = [recipe, setting.gpus, setting.warmup_steps, setting.measured_steps, setting.memory_gib, device]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -31,7 +31,7 @@ from trainwright.parallel.offload import apply_offload
 from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.recompute import apply_recompute, hide_gathering
 from trainwright.parallel.sequence import apply_sequence
-from trainwright.parallel.shard import apply_fsdp
+from trainwright.parallel.shard import apply_fsdp, ends
 from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs
 from trainwright.parallel.stages import Cut, cut_model, measure_costs
 from trainwright.parallel.tensor import apply_tensor, overlap
@@ -110,7 +110,7 @@ def parallelize(
             adapted = config != without_adapters(config)
             cast = None if precision == "fp32" or adapted else DTYPES[precision]
             apply_fsdp(stage, world, cast, offload=in_host_memory(recipe), keep_gathered=cut is not None)
-            travel = apply_copies(layers, world, recipe, cast)
+            travel = apply_copies(layers, ends(stage), world, recipe, cast)
             if recipe.recompute == "selective":
                 hide_gathering(layers)
     if cut is None or pp is None:

@@ -26,6 +26,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from trainwright.device import note_outside
 from trainwright.errors import UserError
 from trainwright.model.moe import Moe
+from trainwright.parallel.layout import shared_bytes
 from trainwright.parallel.mesh import World
 from trainwright.recipe.parallel import ParallelRecipe
 
@@ -34,9 +35,10 @@ ALONE = 2
 
 
 def apply_copies(
-    layers: list[nn.Module], world: World, recipe: ParallelRecipe, dtype: torch.dtype | None
+    layers: list[nn.Module], ends: list[nn.Module], world: World, recipe: ParallelRecipe, dtype: torch.dtype | None
 ) -> str | None:
-    """Lets copy engines move what FSDP shards of these layers, unless `parallel.fsdp_transport` says nccl.
+    """Lets copy engines move what FSDP shards of these layers, and of the model's ends (embedding, head), unless
+    `parallel.fsdp_transport` says nccl.
 
     dtype: what FSDP casts weights to, None where it casts nothing. Returns what became of it in words, None where there
     was no choice. Where the ranks of a shard cannot read each other's memory `auto` leaves it to NCCL, and `copy`
@@ -71,7 +73,10 @@ def apply_copies(
     # Gradients that are added up over micro batches before they are reduced are wider than the weights: NCCL's.
     wire = dtype if layout.zero >= 2 else None
     for ring, (_, part) in zip(rings, shared, strict=True):
-        _use(ring, cast(list[FSDPModule], part), wire)
+        _use(ring, Ring(ring.group, timeout_ms), cast(list[nn.Module], part), wire)
+    # Weights and gradients of the ends are large and far apart in time: one buffer serves them all.
+    ring = Ring(groups[0], timeout_ms)
+    _use(ring, ring, ends, wire)
     return "shards travel by copy engines"
 
 
@@ -86,10 +91,10 @@ def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     return all(rank % local == here or torch.cuda.can_device_access_peer(here, rank % local) for rank in ranks)
 
 
-def _use(ring: Ring, modules: list[FSDPModule], wire: torch.dtype | None) -> None:
-    gather = CopyGather(ring)
-    reduce = None if wire is None else CopyReduce(Ring(ring.group, ring.timeout_ms), wire)
-    for module in modules:
+def _use(gathers: Ring, sums: Ring, modules: list[nn.Module], wire: torch.dtype | None) -> None:
+    gather = CopyGather(gathers)
+    reduce = None if wire is None else CopyReduce(sums, wire)
+    for module in cast(list[FSDPModule], modules):
         module.set_custom_all_gather(gather)
         if reduce is not None:
             module.set_custom_reduce_scatter(reduce)
@@ -109,13 +114,13 @@ class Ring:
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """[numel], not cleared."""
-        size = numel * dtype.itemsize
+        size = shared_bytes(numel * dtype.itemsize)
         buffers = self._buffers.setdefault(size, [])
         free = next((buffer for buffer in buffers if _holders(buffer) == ALONE), None)
         if free is None:
             free = self._make(size, device)
             buffers.append(free)
-        return free.view(dtype)
+        return free[: numel * dtype.itemsize].view(dtype)
 
     def _make(self, size: int, device: torch.device) -> Tensor:
         import torch.distributed._symmetric_memory as symm_mem

@@ -167,3 +167,10 @@ def kv_heads_of_rank(num_heads: int, num_kv_heads: int, tp: int, rank: int) -> l
     read = [head // (num_heads // num_kv_heads) for head in own]
     distinct = sorted(set(read))
     return distinct if len({read.count(head) for head in distinct}) == 1 else read
+
+
+def shared_bytes(size: int) -> int:
+    """Of the buffer that peers read so many bytes from: eight sizes between two powers of two, so that an embedding and
+    a head with its norm come to the same."""
+    step = max(16, 1 << max(0, (size - 1).bit_length() - 4))
+    return -(-size // step) * step

@@ -105,6 +105,12 @@ def _settle(model: nn.Module, _: Any, __: Any) -> None:
             module.reshard()
 
 
+def ends(model: Transformer) -> list[nn.Module]:
+    """Where FSDP holds what no layer has: embedding and head, or the whole model where both are one table."""
+    parts = [part for part in (model.embed_tokens, model.lm_head, model) if part is not None]
+    return [part for part in parts if isinstance(part, FSDPModule)]
+
+
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 

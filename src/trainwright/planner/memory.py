@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from trainwright.parallel.layout import shared_bytes
 from trainwright.planner.activations import kept_levels, kind_activations
 from trainwright.planner.hardware import GIB
 from trainwright.planner.job import Job, Stage
@@ -167,12 +168,16 @@ class _Walk:
         return {name: size for name, size in parts.items() if size}
 
     def _copies(self) -> int:
-        """What peers read: two layers' weights, one's gradients; kept from the first pass on."""
+        """What peers read, kept from the first pass on: two layers' weights, one's gradients, and one buffer for both
+        of an embedding and a head of one size."""
         if not self.job.copies:
             return 0
         weights = max((group_bytes(self.job, group) for group in self.groups), default=0)
         gradients = self._largest_layer(trained=True) * self.program.compute if self.job.copies_reduce else 0
-        return 2 * weights + gradients
+        first, last = ([item for item in self.outer if (item.kind == "head") == head] for head in (False, True))
+        parts = [self.outer] if self.job.config.lm_head.tied else [first, last]
+        ends = {shared_bytes(whole_bytes(self.job, part)) for part in parts if part}
+        return 2 * shared_bytes(weights) + shared_bytes(gradients) + sum(ends)
 
     def _gathered(self, *, backward: bool) -> Parts:
         """Whole weights that exist beside the shards: those of running layers, or of all where they stay gathered."""

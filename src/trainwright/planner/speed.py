@@ -253,10 +253,14 @@ class _StageTime:
         bandwidth = job.cluster.card.bandwidth * GIGA * job.calibration.bandwidth
         each_pass = job.layout.zero >= 3 and job.layout.pp == 1
         gather = 2 * size / bandwidth / (1 if each_pass else job.accumulation)
-        wire = program.compute if job.copies_reduce else program.reduce
-        sums = trained * (program.compute + 2 * wire) / bandwidth
+        sums = trained * (program.compute + 2 * self._wire) / bandwidth
         sums /= job.accumulation if job.layout.zero <= 1 or job.layout.pp > 1 else 1
         return gather, sums + (gather if each_pass else 0.0)
+
+    @property
+    def _wire(self) -> int:
+        """Bytes of a gradient's element on its way to its shard."""
+        return self.program.compute if self.job.copies_reduce else self.program.reduce
 
     def _activations_travel(self) -> tuple[float, float]:
         """Collectives on one layer's activations, which hide behind nothing."""
@@ -295,7 +299,7 @@ class _StageTime:
         outer = job.outer(self.stage)
         trained = whole_elements(job, outer, trained=True)
         ends = wires.all_gather("shard", whole_bytes(job, outer))
-        ends += wires.reduce_scatter("shard", trained * program.reduce)
+        ends += wires.reduce_scatter("shard", trained * self._wire)
         ends += wires.all_reduce("replicate", trained * program.reduce / max(1, job.shards))
         if 0 < job.layout.zero < program.weights_sharded_from:  # updated shards go back to all (ZeRO 1 and 2)
             layers = sum(group.count * group_elements(job, group, trained=True) for group, _ in self.works)
