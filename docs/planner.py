@@ -146,7 +146,7 @@ def _measured(path: Path) -> tuple[list[Errors], str]:
     rows = [row for row in results["rows"] if row["status"] in ("ok", "oom") and row["name"] in cells]
     lines, errors = [], list[Errors]()
     for row in rows:
-        made = _plan(cells[row["name"]], row, calibration, results.get("program", {}))
+        made = _plan(cells[row["name"]], row, calibration, results)
         memory = made.memory.stages[0].peak.total if results.get("peak_of") == "rank 0" else made.memory.allocated
         seconds = row.get("step_seconds")
         of_memory, of_time = error(memory / GIB, row.get("peak_memory_gib")), error(made.speed.step_seconds, seconds)
@@ -171,11 +171,11 @@ def _speed_table(path: Path) -> tuple[list[Errors], str]:
         if line["side"] != "ours":
             continue
         recipe = speed_gpu.ours(speed_gpu.ROWS[line["row"]], line["words"], options)["recipe"]
-        made = plan(load_recipe(recipe), cluster_of(results["device"], line["gpus"]), calibration=None)
+        made = _as_then(plan(load_recipe(recipe), cluster_of(results["device"], line["gpus"])), results)
         memory, seconds, taken = made.memory.allocated, line["step_seconds"], line["peak_memory_gib"]
         of_memory = error(memory / GIB, taken)
         of_time = error(made.speed.step_seconds, seconds) if made.fits else None  # no speed is promised there
-        use = "calibration" if line["who"] in FITTED[path.stem] else "held out"
+        use = "calibration" if line["who"] in FITTED.get(path.stem, ()) else "held out"
         errors.append((use, of_memory, of_time, False))
         step = f"{seconds:.3g}"
         name = f"{line['row']}: {line['who']}"
@@ -189,12 +189,16 @@ def _planned(made: Plan, memory: int, of_memory: float | None, step: str, of_tim
     return [ours, percent(of_memory), step, f"{made.speed.step_seconds:.3g}", percent(of_time)]
 
 
-def _plan(cell: Cell, row: dict[str, Any], calibration: Calibration | None, then: dict[str, Any]) -> Plan:
-    """then: what was another number of our program when the row was measured."""
+def _plan(cell: Cell, row: dict[str, Any], calibration: Calibration | None, results: dict[str, Any]) -> Plan:
+    """As of the results that have the row."""
     cap = cell.setting.memory_gib or row.get("device_memory_gib")
     cluster = cluster_of(row["device"], cell.gpus, memory_gib=cap)
-    job = plan(cell.recipe, cluster, calibration=calibration).job
-    job = replace(job, program=job.program.with_values(then))
+    return _as_then(plan(cell.recipe, cluster, calibration=calibration), results)
+
+
+def _as_then(made: Plan, results: dict[str, Any]) -> Plan:
+    """Planned again with what was another number of our program when these results were measured."""
+    job = replace(made.job, program=made.job.program.with_values(results.get("program", {})))
     return Plan(job, plan_memory(job), plan_speed(job))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainwright.parallel import copies
 from trainwright.parallel.copies import CopyGather, CopyReduce, Ring
+from trainwright.parallel.reduce import Reduce
 
 CPU = torch.device("cpu")
 
@@ -113,6 +114,21 @@ def test_two_ranks_sum_in_float32_what_travels_in_bf16(ranks):
     again = reduces[0].allocate((4,), dtype=torch.float32, device=CPU)
     assert again.dtype == torch.bfloat16  # the next one's input
     assert counted == [16, 16, 16]  # a third on rank 0, whose first is still held
+
+
+def test_a_reduction_without_memory_for_its_input_asks_for_the_input_again():
+    class Full(Reduce):
+        def make_input(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+            if full:
+                raise torch.OutOfMemoryError("full")
+            return torch.zeros(numel, dtype=torch.bfloat16, device=device)
+
+    full, reduce = True, Full()
+    with pytest.raises(torch.OutOfMemoryError):
+        reduce.allocate((4,), dtype=torch.float32, device=CPU)
+    full = False
+    kinds = [reduce.allocate((4,), dtype=torch.float32, device=CPU).dtype for _ in range(4)]
+    assert kinds == [torch.bfloat16, torch.float32] * 2
 
 
 def test_machines_apart_are_left_to_nccl(monkeypatch):

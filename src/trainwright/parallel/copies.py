@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from trainwright.device import note_outside
 from trainwright.errors import UserError
 from trainwright.model.moe import Moe
 from trainwright.parallel.layout import shared_bytes
 from trainwright.parallel.mesh import World
+from trainwright.parallel.reduce import Reduce
 from trainwright.recipe.parallel import ParallelRecipe
 
 ALONE = 2
@@ -168,21 +169,15 @@ class CopyGather(AllGather):
         self.ring.meet(output_tensor, 1)  # all have read ours
 
 
-class CopyReduce(ReduceScatter):
-    """torch.distributed.fsdp's `ReduceScatter`: a sum in the output's type of gradients that travel in `wire`.
-
-    FSDP asks for the input, then for the output, both in the type of the reduction, and then for the sum.
-    """
+class CopyReduce(Reduce):
+    """A sum in the output's type of gradients that travel in `wire`; FSDP asks for both in the type of the sum."""
 
     def __init__(self, ring: Ring, wire: torch.dtype) -> None:
+        super().__init__()
         self.ring, self.wire = ring, wire
-        self._input: Tensor | None = None
 
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if self._input is not None:
-            return torch.empty(size, dtype=dtype, device=device)
-        self._input = self.ring.take(int(size[0]), self.wire, device)
-        return self._input
+    def make_input(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.ring.take(numel, self.wire, device)
 
     def __call__(
         self,
@@ -191,9 +186,8 @@ class CopyReduce(ReduceScatter):
         group: dist.ProcessGroup,
         op: Any,
         async_op: bool = False,
-    ) -> None:
+    ) -> Any:
         assert op == dist.ReduceOp.SUM, op
-        self._input = None
         shard, rank = output_tensor.numel(), group.rank()
         parts = torch.empty(group.size(), shard, dtype=self.wire, device=input_tensor.device)
         self.ring.meet(input_tensor, 0)

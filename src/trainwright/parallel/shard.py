@@ -27,6 +27,7 @@ from trainwright.errors import UserError
 from trainwright.model.moe import Moe
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.mesh import World
+from trainwright.parallel.reduce import Reduce
 
 
 def apply_fsdp(
@@ -89,7 +90,9 @@ def _other_dim(parameter: nn.Parameter, ranks: int) -> Shard | None:
 
 def _tune(model: nn.Module, layers: list[nn.Module]) -> None:
     """Sums instead of means; the next layer's weights are gathered while this one computes, both ways."""
+    reduce = Reduce()
     for module in fsdp_modules(model):
+        module.set_custom_reduce_scatter(reduce)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else a factor becomes an operation that only NCCL has
     for before, after in pairwise(module for module in layers if isinstance(module, FSDPModule)):

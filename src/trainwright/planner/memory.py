@@ -59,11 +59,13 @@ class MemoryPlan:
     """All stages, and what the driver, the collectives and the allocator take beside the tensors.
 
     allocated: what `max_memory_allocated` will say, of the fullest stage. needed: what has to be free on the card.
+    idle: memory of gradients that nothing else can use.
     """
 
     stages: tuple[StageMemory, ...]
     reserved_share: float
     slack: float
+    idle: int
     context: int
     communicators: int
     capacity: int
@@ -80,11 +82,11 @@ class MemoryPlan:
     def reserved(self) -> int:
         """What `max_memory_reserved` will say: the allocator keeps more than it needs while there is room."""
         outside = self.context + self.communicators
-        return max(self.allocated, min(int(self.allocated * self.reserved_share), self.capacity - outside))
+        return max(self.allocated, min(int(self.allocated * self.reserved_share) + self.idle, self.capacity - outside))
 
     @property
     def needed(self) -> int:
-        return int(self.allocated * self.slack) + self.context + self.communicators
+        return int(self.allocated * self.slack) + self.idle + self.context + self.communicators
 
     @property
     def free(self) -> int:
@@ -100,14 +102,27 @@ def plan_memory(job: Job) -> MemoryPlan:
     """The peak of every stage."""
     groups = communicator_count(job)
     calibration = job.calibration
+    stages = tuple(_stage_memory(job, stage) for stage in job.stages)
     return MemoryPlan(
-        tuple(_stage_memory(job, stage) for stage in job.stages),
+        stages,
         job.program.reserved,
         job.program.slack,
+        int(job.program.idle_gradients * max(_idle(job, stage) for stage in stages)),
         int((job.program.context_gib or calibration.context_gib) * GIB),
         int(calibration.communicator_gib * GIB) * groups,
         int(job.cluster.card.memory_gib * GIB),
     )
+
+
+def _summed_once(job: Job) -> bool:
+    """Whether gradients wait whole for the step's last micro batch, which sums them over ranks."""
+    return job.fsdp and job.accumulation > 1 and (job.layout.zero <= 1 or job.layout.pp > 1)
+
+
+def _idle(job: Job, stage: StageMemory) -> int:
+    """Sharded gradients that are not there at the peak."""
+    here = 0 if _summed_once(job) else stage.peak.parts.get("gradients", 0)
+    return max(0, stage.states.gradients - here)
 
 
 def _stage_memory(job: Job, stage: Stage) -> StageMemory:
@@ -196,16 +211,10 @@ class _Walk:
         outer = whole_bytes(job, head) if tied or not backward else 0
         return {"gathered weights": outer + (layers if backward or not self.stage.head else 0)}
 
-    @property
-    def _summed_once(self) -> bool:
-        """Whether gradients wait whole for the step's last micro batch, which sums them over ranks."""
-        job = self.job
-        return job.fsdp and job.accumulation > 1 and (job.layout.zero <= 1 or job.layout.pp > 1)
-
     def _accumulated(self) -> Parts:
         """Gradients of earlier micro batches."""
         whole = self._whole(trained=True) * self.program.reduce
-        if self._summed_once:
+        if _summed_once(self.job):
             return {"gradients": whole}
         return {} if self.job.states_in_host else {"gradients": self.states.gradients}
 
@@ -213,7 +222,7 @@ class _Walk:
         """Whole gradients of a layer before they are summed and sharded."""
         if not self.job.fsdp and self.job.shards == 1:
             return 0
-        reduced = 0 if self._summed_once else self.program.reducing_layers * self.program.reduce
+        reduced = 0 if _summed_once(self.job) else self.program.reducing_layers * self.program.reduce
         return int(self._largest_layer(trained=True) * (self.program.compute + reduced))
 
     # ---- moments
