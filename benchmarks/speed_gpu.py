@@ -53,12 +53,15 @@ TITAN_FP8 = {
     "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": True,
     "quantize.linear.float8.filter_fqns": ["output"],
 }
+TWICE = "parallel.pp=2 parallel.pp_schedule=interleaved"
 LEAN = "train.optimizer=adamw8bit train.master_weights=false"
+ASYNC = {"parallelism.enable_async_tensor_parallel": True}
 TP2 = {"parallelism.tensor_parallel_degree": 2, "training.local_batch_size": 2}
 PP2 = {
     "parallelism.pipeline_parallel_degree": 2, "training.local_batch_size": 8, **TITAN_NONE,
     "parallelism.pipeline_parallel_microbatch_size": 1,
 }  # fmt: skip
+INTERLEAVED = {"parallelism.pipeline_parallel_schedule": "Interleaved1F1B"}
 CP4 = {"parallelism.context_parallel_degree": 4, "activation_checkpoint.mode": "full"}
 EP4 = {"parallelism.expert_parallel_degree": 4, "training.local_batch_size": 2, **TITAN_NONE}
 
@@ -99,12 +102,12 @@ def budget(gib: int) -> str:
 
 # Seconds in the comments: the whole row on four H200, both sides, compiled for the first time.
 ROWS: dict[str, Row] = {
-    # 260
+    # 290
     "bf16": Row(
         {
             "ZeRO-3, 2 rows": micro(2),
             "ZeRO-3, 2 rows, NCCL": f"parallel.fsdp_transport=nccl {micro(2)}",
-            "ZeRO-2, 2 rows": f"parallel.zero=2 {micro(2)}",
+            "ZeRO-3, 3 rows": micro(3),
             "ZeRO-3, 1 row": micro(1),
         },
         {"FSDP, 1 row, no recompute": {"training.local_batch_size": 1, **TITAN_NONE}},
@@ -135,23 +138,32 @@ ROWS: dict[str, Row] = {
         },
         {
             "TP2 x FSDP, 2 rows": {**TP2, **TITAN_NONE},
-            "TP2 x FSDP, 2 rows, async": {**TP2, **TITAN_NONE, "parallelism.enable_async_tensor_parallel": True},
+            "TP2 x FSDP, 2 rows, async": {**TP2, **TITAN_NONE, **ASYNC},
         },
         titan_large={
-            "TP2 x FSDP, 4 rows, async": {
-                **TP2, **TITAN_NONE, "training.local_batch_size": 4, "parallelism.enable_async_tensor_parallel": True,
-            },
+            "TP2 x FSDP, 4 rows, async": {**TP2, **TITAN_NONE, **ASYNC, "training.local_batch_size": 4},
         },
+        titan_small={"TP2 x FSDP, 2 rows, selective, async": {**TP2, **TITAN_MEMORY, **ASYNC}},
     ),
     # 220
     "pp": Row(
         {
             "PP2 x ZeRO-3 1F1B, 8 micro batches": f"parallel.pp=2 {micro(1, 8)}",
+            "PP2 x ZeRO-3 interleaved, 8 micro batches": f"{TWICE} {micro(1, 8)}",
             "PP2 x ZeRO-3 zbv, 8 micro batches": f"parallel.pp=2 parallel.pp_schedule=zbv {micro(1, 8)}",
         },
-        {"PP2 x FSDP 1F1B, 8 micro batches": PP2},
-        {"PP2 x ZeRO-3 1F1B, 8 micro batches, selective": f"parallel.pp=2 {budget(20)} {micro(1, 8)}"},
-        titan_small={"PP2 x FSDP 1F1B, 8 micro batches, selective": {**PP2, **TITAN_MEMORY}},
+        spare={
+            "PP2 x ZeRO-3 interleaved, 8 micro batches, selective": f"{TWICE} {budget(20)} {micro(1, 8)}",
+            "PP2 x ZeRO-3 1F1B, 8 micro batches, selective": f"parallel.pp=2 {budget(20)} {micro(1, 8)}",
+        },
+        titan_large={
+            "PP2 x FSDP 1F1B, 8 micro batches": PP2,
+            "PP2 x FSDP interleaved, 8 micro batches": {**PP2, **INTERLEAVED},
+        },
+        titan_small={
+            "PP2 x FSDP 1F1B, 8 micro batches, selective": {**PP2, **TITAN_MEMORY},
+            "PP2 x FSDP interleaved, 8 micro batches, selective": {**PP2, **TITAN_MEMORY, **INTERLEAVED},
+        },
         steps=(3, 4),
     ),
     # 270

@@ -18,8 +18,9 @@ from trainwright.parallel.layout import Layout
 def test_rows_are_ordered_by_expert_then_rank(ranks, own, data):
     counts = [[data.draw(st.integers(0, 4)) for _ in range(own)] for _ in range(ranks)]
     arrived = [(expert, rank, i) for rank in range(ranks) for expert in range(own) for i in range(counts[rank][expert])]
-    order = by_expert(torch.tensor(counts)).tolist()
+    order, places = (index.tolist() for index in by_expert(torch.tensor(counts), len(arrived)))
     assert [arrived[i] for i in order] == sorted(arrived)
+    assert [order[place] for place in places] == list(range(len(arrived)))
 
 
 def journey(skewed: bool) -> bool:

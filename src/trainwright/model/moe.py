@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainwright.model.config import ExpertsConfig, LinearConfig, MoeConfig
 from trainwright.model.kernels.activation import activate, gated
 from trainwright.model.kernels.grouped import grouped_linear
+from trainwright.model.kernels.rows import inverse, mix, spread
 from trainwright.model.linear import build_linear
 
 
@@ -76,13 +77,13 @@ class Moe(nn.Module):
         return self._mix(x_MH, weights_MC, chosen_MC, probabilities_ME.shape[1]).view_as(x_BSH), statistics_2E
 
     def _mix(self, x_MH: Tensor, weights_MC: Tensor, chosen_MC: Tensor, num_experts: int) -> Tensor:
-        expert_R, order_R = chosen_MC.flatten().sort(stable=True)
+        # Few bits, few passes of the sort.
+        expert_R, order_R = chosen_MC.flatten().to(torch.int16).sort(stable=True)
         counts_E = torch.zeros(num_experts, dtype=torch.int64, device=x_MH.device)
-        counts_E.scatter_add_(0, expert_R, torch.ones_like(expert_R))
-        token_R = order_R // self.top_k
-        out_RH = self.experts(x_MH[token_R], counts_E)
-        out_RH = out_RH * weights_MC.flatten()[order_R].to(out_RH.dtype)[:, None]
-        return torch.zeros_like(x_MH, dtype=out_RH.dtype).index_add(0, token_R, out_RH)
+        counts_E.scatter_add_(0, expert_R.long(), torch.ones_like(order_R))
+        places_R = inverse(order_R)
+        out_RH = self.experts(spread(x_MH, order_R, places_R), counts_E)
+        return mix(out_RH, weights_MC, order_R, places_R)
 
 
 def load_balancing_loss(statistics: list[Tensor], top_k: int) -> Tensor:

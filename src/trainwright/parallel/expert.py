@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
+from trainwright.model.kernels.rows import permute
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.collectives import all_to_all
@@ -63,9 +64,9 @@ class Journey:
         leave_R = counts_E.view(self.group.size(), -1).sum(1)
         leave, come = torch.stack([leave_R, come_RE.sum(1)]).tolist()  # the one wait for the device
         arrived = all_to_all(x_MH, self.group, send=leave, receive=come)
-        order = by_expert(come_RE)
-        out = self.inner(arrived[order], come_RE.sum(0))
-        return all_to_all(_undo(out, order), self.group, send=come, receive=leave)
+        order, places = by_expert(come_RE, sum(come))
+        out = self.inner(permute(arrived, order, places), come_RE.sum(0))
+        return all_to_all(permute(out, places, order), self.group, send=come, receive=leave)
 
     def _announce(self, counts_E: Tensor) -> Tensor:
         """[ranks, own experts]: how many rows each rank sends to each of this rank's experts."""
@@ -74,14 +75,19 @@ class Journey:
         return come_E.view(self.group.size(), -1)
 
 
-def by_expert(come_RE: Tensor) -> Tensor:
-    """Rows arrive ordered by rank, then expert; the index that orders them by expert, then rank."""
-    ranks, own = come_RE.shape
-    expert_R = torch.arange(own, device=come_RE.device).repeat(ranks)
-    return torch.repeat_interleave(expert_R, come_RE.flatten()).argsort(stable=True)
+def by_expert(come_RE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """`rows` in all arrive ordered by rank, then expert: the index that orders them by expert, then rank, and its
+    inverse. A block moves as a whole, by the distance between its starts in both orders."""
+    come_ER = come_RE.T
+    start_RE = _starts(come_RE)
+    new_start_RE = _starts(come_ER).T
+    place = torch.arange(rows, device=come_RE.device)
+    back, forth = (start_RE - new_start_RE).T.flatten(), (new_start_RE - start_RE).flatten()
+    order = place + torch.repeat_interleave(back, come_ER.flatten(), output_size=rows)
+    return order, place + torch.repeat_interleave(forth, come_RE.flatten(), output_size=rows)
 
 
-def _undo(x: Tensor, order: Tensor) -> Tensor:
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
-    return x[back]
+def _starts(counts: Tensor) -> Tensor:
+    """Where each block begins when they stand one after the other, row by row."""
+    flat = counts.flatten()
+    return (flat.cumsum(0) - flat).view(counts.shape)

@@ -197,10 +197,10 @@ def _experts(job: Job, part: MoeConfig, path: str, found: LayerActivations) -> i
         if (linear := getattr(part.experts, name)) and linear.adapter is None
     ):
         found.add("norm", job.tokens * hidden * job.program.normed)
-    # Probabilities, their sum and the pad mask; of each row its expert, its token, its place and its weight twice.
-    found.add("router", job.tokens * (part.experts.num_experts * 4 + 8) + rows * (3 * 8 + 4 + compute))
-    # Rows as the experts read them, as they come out, and weighed.
-    found.add("experts", 3 * rows * hidden * compute + inner * _inner(job, part.experts))
+    # Probabilities, their sum and the pad mask; of each row its expert, its choice, its place and its weight twice.
+    found.add("router", job.tokens * (part.experts.num_experts * 4 + 8) + rows * (3 * 8 + 2 * 4))
+    # Rows as the experts read them, and as they come out.
+    found.add("experts", 2 * rows * hidden * compute + inner * _inner(job, part.experts))
     linears = [part.experts.gate_proj, part.experts.up_proj, part.experts.down_proj]
     count = -(-part.experts.num_experts // job.layout.ep)
     for linear in linears:
@@ -210,8 +210,8 @@ def _experts(job: Job, part: MoeConfig, path: str, found: LayerActivations) -> i
         found.add("router", 8 * part.experts.num_experts)
     matrices = 2 if part.experts.gate_proj else 1
     found.results += (matrices * inner + rows * hidden) * compute
-    # When the activation runs backward, both forms of the rows that came out are gone, and their gradient is there.
-    return inner * job.program.inner_work - rows * hidden * compute
+    # When the activation runs backward, the rows that came out are gone, and their gradient is there.
+    return inner * job.program.inner_work
 
 
 def _adapter(
