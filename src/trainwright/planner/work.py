@@ -232,8 +232,8 @@ def _experts(job: Job, roofline: Roofline, work: Work, part: MoeConfig, path: st
     hidden = part.gate.in_features
     _linear(job, roofline, work, "router", part.gate, f"{path}.gate", job.tokens, 1.0, True)
     inner = rows * part.experts.intermediate_size / tp * job.program.inner_traffic
-    # Times that all rows are read or written: into the order of the experts 2, back 1 in the weighed sum, 2 and 1 for their
-    # gradients; with expert parallelism into another order where they arrive, and back, 2 each, the gradients too.
+    # Times that all rows are read or written: into the order of the experts 2, back 1 in the weighed sum, 2 and 1 for
+    # their gradients; with expert parallelism into another order where they arrive, and back, 2 each, gradients too.
     sorting = (14 if job.layout.ep > 1 else 6) * rows * hidden * job.program.compute
     moved = roofline.move(inner + sorting)
     work.add("activation", (moved / 3, moved * 2 / 3))
