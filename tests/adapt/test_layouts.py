@@ -148,6 +148,8 @@ def test_layouts(case, tmp_path):
     results = run(case.layout.world_size, steps, case, str(tmp_path / "adapter"))
     rough = case.precision == "bf16" or case.quantize == "fp8"  # fp8 rounds a part of a row on its own
     loss, grad = (2e-3, 0.1) if rough else (1e-5, 1e-4)
+    if case.init == "pissa":  # another number of threads, another rounding: a random matrix's largest values lie close
+        grad = 1e-3
     floor = 1e-3 * max(float(g.norm()) for g in gradients.values())
     for found, _ in results:
         assert found == pytest.approx(losses, rel=loss)

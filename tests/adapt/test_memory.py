@@ -87,8 +87,8 @@ def test_layers_that_recompute_are_compiled():
 
 def test_selective_recompute_runs_no_frozen_product_twice(monkeypatch):
     calls = []
-    right = ops._forward
-    monkeypatch.setattr(ops, "_forward", lambda *args: calls.append(1) or right(*args))
+    right = ops.product
+    monkeypatch.setattr(ops, "product", lambda *args: calls.append(1) or right(*args))
     built = model()
     gradients(built)
     once = len(calls)
@@ -126,8 +126,10 @@ def partitioned(built, apply):
     forward, backward = found["forward"][-1], found["backward"][0]
     given = {node for node in forward.nodes if node.op == "placeholder"}
     kept = [node.meta["val"] for node in forward.output_node().args[0][1:] if node not in given]
-    again = [node for node in backward.nodes if node.target is torch.ops.trainwright.lora_linear.default]
-    return [tensor.numel() for tensor in kept if isinstance(tensor, torch.Tensor)], len(again)
+    loras = torch.ops.trainwright
+    again = sum(node.target is loras.lora_linear.default for node in backward.nodes)
+    again += sum(len(node.args[6]) for node in backward.nodes if node.target is loras.lora_linears.default)
+    return [tensor.numel() for tensor in kept if isinstance(tensor, torch.Tensor)], again
 
 
 def test_full_recompute_is_not_lost_in_compilation():
@@ -154,3 +156,6 @@ def test_a_layer_within_a_budget_keeps_its_products(level, widths, again):
 def test_cost_of_a_kept_product():
     x, weight = torch.empty(2, 5, 64), torch.empty(96, 64)
     assert recompute._cost(next(iter(ops.KEPT)), (x, "plain", [weight])) == (10 * 96 * 4, 2.0 * 10 * 96 * 64)
+    joined = (x, "plain", [weight, weight], torch.empty(10, 16), [], [torch.empty(8, 64)] * 2, [torch.empty(96, 8)] * 2)
+    operation = torch.ops.trainwright.lora_linears.default
+    assert recompute._cost(operation, joined) == (2 * 10 * 96 * 4, 2 * 2.0 * 10 * 96 * 64)

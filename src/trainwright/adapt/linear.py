@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainwright.adapt import ops
 from trainwright.adapt.frozen import FrozenExperts, FrozenLinear, FrozenWeight, gathered
+from trainwright.adapt.joint import lora_linears
 from trainwright.adapt.starts import first_factors
 from trainwright.model.config import LinearConfig
 from trainwright.model.init import copy_whole
@@ -73,6 +74,22 @@ class LoraLinear(Adapted, FrozenLinear):
             frozen = ops.frozen_linear(x, self.format, self.pieces, x.shape[-1], self.bias)
             return frozen + self._update(x)
         return ops.lora_linear(x, self.format, self.pieces, self.bias, self.lora_a, self.lora_b, self.lora.scale)
+
+    def together(self, x: Tensor, others: Sequence[nn.Module]) -> list[Tensor] | None:
+        """What this layer and others give for one x, in one operation; None where that is not what each would do."""
+        layers = [layer for layer in (self, *others) if type(layer) is LoraLinear and layer._joins(self)]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        if len(layers) < 1 + len(others) or len(biases) not in (0, len(layers)):
+            return None
+        x = x.to(ops.compute_dtype(x))
+        pieces, a, b = ([getattr(layer, name) for layer in layers] for name in ("pieces", "lora_a", "lora_b"))
+        return lora_linears(x, self.format, pieces, biases, a, b, self.lora.scale)
+
+    def _joins(self, first: LoraLinear) -> bool:
+        """Slices and watched layers do not: they are of another type, or have hooks."""
+        watched = self._forward_hooks or self._forward_pre_hooks
+        plain = self.magnitude is None and not (self.lora.dropout and self.training)
+        return plain and not watched and (self.format, self.lora.scale) == (first.format, first.lora.scale)
 
     def _update(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.lora.dropout, self.training)

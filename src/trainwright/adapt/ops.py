@@ -30,13 +30,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _weight(format: str, pieces: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+def full_weight(format: str, pieces: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
     if format == "plain":
         return pieces[0].to(dtype)
     return quantized.dequantize(format, quantized.as_bytes(pieces), columns, dtype)  # type: ignore[arg-type]
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """[..., I] -> [M, I]."""
     return x.reshape(-1, x.shape[-1])
 
@@ -45,7 +45,7 @@ def _rows(x: Tensor) -> Tensor:
 # over the result less than the other way round. That of fp8 cannot.
 
 
-def _forward(
+def product(
     x_MI: Tensor,
     format: str,
     pieces: list[Tensor],
@@ -59,7 +59,7 @@ def _forward(
         y = quantized.fp8_linear(x_MI, *quantized.as_bytes(pieces))
         y = y if bias is None else y.add_(bias)
         return y if low is None else y.addmm_(low[0], low[1], alpha=low[2])
-    weight = _weight(format, pieces, columns, x_MI.dtype)
+    weight = full_weight(format, pieces, columns, x_MI.dtype)
     if low is None:
         return F.linear(x_MI, weight, bias)
     low_MR, up_RO, scale = low
@@ -67,18 +67,18 @@ def _forward(
     return y.addmm_(x_MI, weight.t())
 
 
-def _backward(
+def product_backward(
     grad_MO: Tensor, format: str, pieces: list[Tensor], columns: int, low: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """grad W; with `low` (scale grad B [M, R], A [R, I]) the adapter's product beside it."""
     if format == "fp8":
         grad_x = quantized.fp8_linear_backward(grad_MO, *quantized.as_bytes(pieces))
         return grad_x if low is None else grad_x.addmm_(*low)
-    weight = _weight(format, pieces, columns, grad_MO.dtype)
+    weight = full_weight(format, pieces, columns, grad_MO.dtype)
     return grad_MO @ weight if low is None else (low[0] @ low[1]).addmm_(grad_MO, weight)
 
 
-def _product_float32(a: Tensor, b: Tensor) -> Tensor:
+def product_float32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32: gradients of A and B are as exact as the matrix unit's own sums."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -90,7 +90,7 @@ def _product_float32(a: Tensor, b: Tensor) -> Tensor:
 
 @custom_op("trainwright::frozen_linear", mutates_args=())
 def frozen_linear_op(x: Tensor, format: str, pieces: list[Tensor], columns: int, bias: Tensor | None) -> Tensor:
-    y = _forward(_rows(x), format, pieces, columns, bias)
+    y = product(as_rows(x), format, pieces, columns, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -101,7 +101,7 @@ def _(x: Tensor, format: str, pieces: list[Tensor], columns: int, bias: Tensor |
 
 @custom_op("trainwright::frozen_linear_backward", mutates_args=())
 def frozen_linear_backward_op(grad: Tensor, format: str, pieces: list[Tensor], columns: int) -> Tensor:
-    return _backward(_rows(grad), format, pieces, columns).view(*grad.shape[:-1], columns)
+    return product_backward(as_rows(grad), format, pieces, columns).view(*grad.shape[:-1], columns)
 
 
 @frozen_linear_backward_op.register_fake
@@ -122,7 +122,7 @@ def lora_linear_op(
 ) -> Tensor:
     """`low_MR` is x A^T and A itself is not read: it stands here for its gradient."""
     low = low_MR, b.to(x.dtype).t(), scale
-    y_MO = _forward(_rows(x), format, pieces, x.shape[-1], bias, low)
+    y_MO = product(as_rows(x), format, pieces, x.shape[-1], bias, low)
     return y_MO.view(*x.shape[:-1], y_MO.shape[-1])
 
 
@@ -152,13 +152,13 @@ def lora_linear_backward_op(
     scale: float,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_MO, x_MI = _rows(grad), _rows(x)
+    grad_MO, x_MI = as_rows(grad), as_rows(x)
     grad_low_MR = (grad_MO @ b.to(x.dtype)).mul_(scale)
-    grad_a = _product_float32(grad_low_MR.t(), x_MI).to(a.dtype)
-    grad_b = _product_float32(grad_MO.t(), low_MR).mul_(scale).to(b.dtype)
+    grad_a = product_float32(grad_low_MR.t(), x_MI).to(a.dtype)
+    grad_b = product_float32(grad_MO.t(), low_MR).mul_(scale).to(b.dtype)
     if not needs_x:
         return x.new_empty(0), grad_a, grad_b
-    grad_x = _backward(grad_MO, format, pieces, a.shape[1], (grad_low_MR, a.to(x.dtype)))
+    grad_x = product_backward(grad_MO, format, pieces, a.shape[1], (grad_low_MR, a.to(x.dtype)))
     return grad_x.view(x.shape), grad_a, grad_b
 
 
@@ -181,7 +181,7 @@ def _(
 def frozen_grouped_linear_op(
     x_MI: Tensor, format: str, pieces: list[Tensor], columns: int, counts_E: Tensor, backward: bool
 ) -> Tensor:
-    weight_EOI = _weight(format, pieces, columns, x_MI.dtype)
+    weight_EOI = full_weight(format, pieces, columns, x_MI.dtype)
     return grouped_linear(x_MI.contiguous(), weight_EOI.transpose(1, 2) if backward else weight_EOI, counts_E)
 
 
@@ -241,7 +241,7 @@ def lora_linear(
 ) -> Tensor:
     """x W^T + b + scale (x A^T) B^T in x's dtype, [..., I] -> [..., O]; gradients to x, A [R, I] and B [O, R]."""
     # x A^T stands apart: where a layer is computed again, its last product is wanted for this alone.
-    low_MR = F.linear(_rows(x.detach()), a.detach().to(x.dtype))
+    low_MR = F.linear(as_rows(x.detach()), a.detach().to(x.dtype))
     return lora_linear_op(x, format, pieces, low_MR, bias, a, b, scale)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainwright.model.cache import LayerCache
 from trainwright.model.config import AttentionConfig
 from trainwright.model.kernels.attention import Backend, attention
-from trainwright.model.linear import build_linear
+from trainwright.model.linear import build_linear, project
 from trainwright.model.mask import AttentionMask
 from trainwright.model.norm import Norm
 from trainwright.model.position import Rotary, apply_rotary
@@ -70,9 +70,9 @@ class Attention(nn.Module):
         context: LayerContext,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        q_BSND = self.q_proj(x_BSH).unflatten(-1, (-1, self.head_dim))
-        k_BSKD = self.k_proj(x_BSH).unflatten(-1, (-1, self.head_dim))
-        v_BSKD = self.v_proj(x_BSH).unflatten(-1, (-1, self.head_dim))
+        q_BSND, k_BSKD, v_BSKD = (
+            part.unflatten(-1, (-1, self.head_dim)) for part in project(x_BSH, self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSND, k_BSKD = self.q_norm(q_BSND), self.k_norm(k_BSKD)
         if self.rope is not None and context.rotary is not None:

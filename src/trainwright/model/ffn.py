@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from trainwright.model.config import MlpConfig
 from trainwright.model.kernels.activation import activate, gated
-from trainwright.model.linear import build_linear
+from trainwright.model.linear import build_linear, project
 
 
 class Mlp(nn.Module):
@@ -20,4 +20,5 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(activate(self.activation, self.up_proj(x)))
-        return self.down_proj(gated(self.activation, self.gate_proj(x), self.up_proj(x)))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(gated(self.activation, gate, up))

@@ -1,5 +1,7 @@
 """Builds a linear layer from its leaf of the tree: plain, in fewer bits, or with an adapter beside it."""
 
+from collections.abc import Callable, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +22,13 @@ class Linear(nn.Linear):
             output = float8_linear(input, weight, self.float8)
             return output if bias is None else output + bias
         return F.linear(input, weight, bias)
+
+
+def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """What each of several layers gives for x: in one operation where the first says that it takes the others along."""
+    together: Callable[..., Sequence[Tensor] | None] | None = getattr(layers[0], "together", None)
+    made = together(x, layers[1:]) if together is not None else None
+    return made if made is not None else [layer(x) for layer in layers]
 
 
 def build_linear(config: LinearConfig) -> nn.Module:

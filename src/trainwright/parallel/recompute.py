@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from trainwright.adapt import ops
+from trainwright.adapt import joint
 
 GIB = 2**30
 Recompute = Literal["none", "selective", "full"]
@@ -42,7 +42,7 @@ def _existing(*names: str) -> frozenset[Any]:
 
 
 BATCHED = _existing("aten.bmm", "aten.baddbmm")
-PRODUCTS = ops.KEPT | BATCHED | _existing("aten.mm", "aten.addmm", "aten._scaled_mm", "aten._grouped_mm")
+PRODUCTS = joint.KEPT | BATCHED | _existing("aten.mm", "aten.addmm", "aten._scaled_mm", "aten._grouped_mm")
 ATTENTION = _existing(
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
@@ -182,8 +182,8 @@ class _Keep(Numbered):
 def _cost(operation: Any, args: tuple[Any, ...]) -> tuple[int, float]:
     """(bytes of the result, FLOPs to make it again). An exchange counts as a product with a 1024-wide matrix: about
     what a card computes while it sends as many bytes over a fast link."""
-    if operation in ops.KEPT:
-        return ops.kept_cost(args)
+    if operation in joint.KEPT:
+        return joint.kept_cost(args)
     tensors = [argument for argument in args if isinstance(argument, Tensor)]
     if operation in PRODUCTS:
         a, b = tensors[-2:]
