@@ -15,8 +15,9 @@ demo: install
 		--prompt '小明有9个苹果,送出4个,还剩几个?'
 	@echo 'open runs/$(RUN)/report.html; talk to it: $(BIN)/trainwright chat runs/$(RUN)'
 
+# Byte code is kept: tests start many interpreters, each of which would compile the package again.
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25 tests
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=25 tests
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks docs/*.py

@@ -3,10 +3,11 @@
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm import python
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 SHORT = ["data.path=shipped:arithmetic?rows=300", "data.validation=0.1", "train.steps=2", "evaluation.generate=2"]
@@ -34,6 +35,6 @@ def test_every_command_runs(tmp_path):
         if words[0] == "train" and "--resume" not in words:
             extra.append(f"name=run-{number}")
         done = subprocess.run(
-            [sys.executable, "-m", "trainwright", *words, *extra], cwd=tmp_path, capture_output=True, text=True
+            [python(), "-m", "trainwright", *words, *extra], cwd=tmp_path, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{words}: {done.stderr[-2000:]}"

@@ -3,11 +3,11 @@
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.warm import python
 from trainwright.planner.plan import plan
 from trainwright.recipe.load import load_recipe
 
@@ -44,7 +44,5 @@ def test_commands(tmp_path):
         if words[0] == "train":
             words += ["data.path=shipped:arithmetic?rows=300", "train.steps=2", "evaluation.generate=2"]
             words.append(f"data.cache={tmp_path / 'cache'}")
-        done = subprocess.run(
-            [sys.executable, "-m", "trainwright", *words], cwd=tmp_path, capture_output=True, text=True
-        )
+        done = subprocess.run([python(), "-m", "trainwright", *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{words}: {done.stderr[-2000:]}"

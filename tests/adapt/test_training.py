@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.adapt.models import golden_model
 from tests.train.small import CONFIG, small_recipe
+from tests.warm import python
 from trainwright.adapt.merge import merge_adapter
 from trainwright.adapt.peft import adapters_of
 from trainwright.errors import UserError
@@ -121,7 +121,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, base):
     killed = recipe(tmp_path / "killed", base, "quantize=nf4", "train.optimizer=adamw8bit", **changes)
     file = tmp_path / "killed.yaml"
     file.write_text(to_yaml(killed, comments=False), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(file)], capture_output=True, text=True)
+    done = subprocess.run([python(), "-c", KILLED, str(file)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     result = train(killed, resume=True)
     assert losses(result) == losses(whole)

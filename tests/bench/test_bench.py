@@ -21,6 +21,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.warm import python
 from trainwright.bench import result
 from trainwright.bench import runner as runners
 from trainwright.bench.cell import Cell, cells_of, expected_seconds, here, predict
@@ -461,7 +462,7 @@ def test_the_cause_is_told_before_its_consequences(tmp_path):
 # ---- the verb
 
 
-PROGRAM = [sys.executable, "-m", "trainwright", "bench"]
+PROGRAM = ["-m", "trainwright", "bench"]
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -470,14 +471,14 @@ def environment(cache: Path) -> dict[str, str]:
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     told: dict[str, Any] = {"cwd": folder, "env": environment(folder), "capture_output": True, "text": True}
-    return subprocess.run([*PROGRAM, *words], timeout=120, **told)
+    return subprocess.run([python(), *PROGRAM, *words], timeout=120, **told)
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     """The same, for a test to read from and to interrupt."""
     listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit deafness to it
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": listens}
-    return subprocess.Popen([*PROGRAM, *words], cwd=folder, env=environment(folder), **pipes)
+    return subprocess.Popen([sys.executable, *PROGRAM, *words], cwd=folder, env=environment(folder), **pipes)
 
 
 @pytest.fixture
@@ -488,6 +489,7 @@ def matrix(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, matrix):
     with start(tmp_path, str(matrix), "--json") as process:
         for line in process.stderr:
@@ -512,6 +514,7 @@ def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, matrix):
     assert (tmp_path / "benches/m/index.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two cells side by side want two cores")
 def test_cells_side_by_side_and_ctrl_c_among_them(tmp_path, matrix):
     said = []

@@ -7,14 +7,17 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+
+from tests.warm import python
 from trainwright.bench.matrix import Matrix, MatrixRow
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
+@pytest.mark.slow
 def test_every_command_runs(tmp_path):
     text = PAGE.read_text(encoding="utf-8")
     name, content = re.findall(r"```yaml (\S+)\n(.*?)```", text, re.DOTALL)[0]
@@ -24,7 +27,7 @@ def test_every_command_runs(tmp_path):
     said = {}
     for line in commands:
         words = shlex.split(line, comments=True)[1:]
-        command = [sys.executable, "-m", "trainwright", *words]
+        command = [python(), "-m", "trainwright", *words]
         done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **places}, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}: {done.stderr[-2000:]}"
         said[" ".join(words[1:])] = done

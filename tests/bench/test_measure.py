@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from tests.warm import python
 from trainwright.bench import measure
 from trainwright.planner.calibration import load_calibration, read_calibration
 from trainwright.planner.hardware import cpu_card
@@ -71,7 +71,7 @@ def test_two_points_give_the_limit_and_the_half():
 
 @pytest.mark.slow
 def test_links_between_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "trainwright", "doctor"]
+    command = [python(), "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "trainwright", "doctor"]
     environment = {"TRAINWRIGHT_CALIBRATION": str(tmp_path), "TRAINWRIGHT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--measure", "--json"], capture_output=True, text=True, env={**os.environ, **environment}

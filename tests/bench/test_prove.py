@@ -6,7 +6,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.train.small import CONFIG, small_recipe
+from tests.warm import python
 from trainwright.bench import prove
 from trainwright.bench.prove import Proof, RunFailed, processes_needed, with_layers
 from trainwright.bench.whole_rows import documents
@@ -32,8 +32,9 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_layout_is_proved(tmp_path):
-    command = [sys.executable, "-m", "trainwright", "prove", "quickstart", "parallel.cp=2", *SMALL, "--json"]
+    command = [python(), "-m", "trainwright", "prove", "quickstart", "parallel.cp=2", *SMALL, "--json"]
     environment = {**os.environ, "TRAINWRIGHT_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--steps", "2", "--layers", "2", "--keep", str(tmp_path / "runs")],
@@ -170,7 +171,7 @@ def test_documents_alone():
     ],
 )
 def test_mistakes_are_one_line(words, message):
-    command = [sys.executable, "-m", "trainwright", "prove", "quickstart", "parallel.pp=2"]
+    command = [python(), "-m", "trainwright", "prove", "quickstart", "parallel.pp=2"]
     done = subprocess.run([*command, *words], capture_output=True, text=True)
     assert (done.returncode, message in done.stderr, done.stderr.count("\n")) == (2, True, 1), done.stderr
 

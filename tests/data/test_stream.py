@@ -3,7 +3,6 @@
 import contextlib
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.warm import python
 from trainwright.data import pool, stream
 from trainwright.data.cache import try_claim
 from trainwright.data.command import prepare_command
@@ -178,9 +178,7 @@ def test_ranks_share_one_window(
 ) -> None:
     recipe = make(path=write(tmp_path / "a.jsonl"))
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, recipe.model_dump_json(), str(rank)], stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([python(), "-c", RANK, recipe.model_dump_json(), str(rank)], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     said = [json.loads(rank.communicate()[0]) for rank in ranks]

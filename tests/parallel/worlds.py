@@ -95,9 +95,9 @@ def run(size: int, case: Callable[..., Any], *args: Any, seconds: float = SECOND
 
 
 @atexit.register
-def _stop_all() -> None:
-    for processes in _running.values():
-        processes.stop()
+def stop_all() -> None:
+    while _running:
+        _running.popitem()[1].stop()
 
 
 # ---- inside the processes ----

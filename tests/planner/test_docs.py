@@ -4,11 +4,11 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 from typer.testing import CliRunner
 
+from tests.warm import python
 from trainwright.cli import app
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planner.md"
@@ -33,8 +33,6 @@ def test_every_plan_of_the_page_fits(tmp_path, monkeypatch):
 def test_the_card_is_measured_as_the_page_says(tmp_path):
     words = next(words for words in commands() if words[0] == "doctor")
     environment = {**os.environ, "TRAINWRIGHT_CALIBRATION": str(tmp_path), "TRAINWRIGHT_DEVICE": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "trainwright", *words], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([python(), "-m", "trainwright", *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "cpu.yaml").exists()

@@ -112,6 +112,7 @@ def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
         train(small_recipe(tmp_path))
 
 
+@pytest.mark.slow
 def test_of_many_processes_the_one_that_ran_out_tells(tmp_path):
     """Two processes, one of which has no memory at its second step: the run ends with its account, and at once."""
     (tmp_path / "sitecustomize.py").write_text(FULL_AT_RANK_1, encoding="utf-8")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.train.tiny import TinyModel
+from tests.warm import python
 from trainwright.device import get_rng_state, seed_everything, set_rng_state
 from trainwright.errors import UserError
 from trainwright.parallel.layout import Layout
@@ -181,6 +182,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_the_old_checkpoint(tmp_path):
     assert Checkpoints(tmp_path, WORLD).find().step == 1
 
 
+@pytest.mark.slow
 def test_kill_9_during_a_save_leaves_the_newest_whole(tmp_path):
     """A process that does nothing but save is killed at ten different moments; what is listed always verifies."""
     program = textwrap.dedent("""
@@ -286,7 +288,7 @@ RANKS = textwrap.dedent("""
 
 
 def ranks(program, count, *words):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0"]
+    command = [python(), "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0"]
     command = [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(program), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests.warm import python
 from trainwright.train.checkpoint import list_checkpoints
 from trainwright.train.metrics import read_lines
 
@@ -66,7 +66,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command = [python(), "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", str(program), str(folder)]
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}

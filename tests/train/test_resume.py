@@ -3,10 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def runs(tmp_path_factory):
     """Several killed runs, one that was left alone, and one that forgets its random numbers."""
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "tests.train.kill_runs", str(folder)]
+    command = [python(), "-m", "tests.train.kill_runs", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
