@@ -112,7 +112,12 @@ def steps(case: Case, folder: str | None = None) -> tuple[list[float], dict[str,
 
 @cache
 def alone(shape: str, quantize: Any, dora: bool, tables: Any, init: str, precision: Any) -> Any:
-    return steps(Case(Layout(), quantize, shape, dora, tables, init, precision))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as worlds have: with more, a decomposition rounds otherwise
+    try:
+        return steps(Case(Layout(), quantize, shape, dora, tables, init, precision))
+    finally:
+        torch.set_num_threads(threads)
 
 
 SHARDS, TENSOR, CONTEXT, STAGES = (Layout(world_size=2, **part) for part in ({}, {"tp": 2}, {"cp": 2}, {"pp": 2}))
@@ -148,8 +153,6 @@ def test_layouts(case, tmp_path):
     results = run(case.layout.world_size, steps, case, str(tmp_path / "adapter"))
     rough = case.precision == "bf16" or case.quantize == "fp8"  # fp8 rounds a part of a row on its own
     loss, grad = (2e-3, 0.1) if rough else (1e-5, 1e-4)
-    if case.init == "pissa":  # another number of threads, another rounding: a random matrix's largest values lie close
-        grad = 1e-3
     floor = 1e-3 * max(float(g.norm()) for g in gradients.values())
     for found, _ in results:
         assert found == pytest.approx(losses, rel=loss)

@@ -76,10 +76,7 @@ def lora_linears_backward_op(
         return [x.new_empty(0), *made]
     grad_x = grad_low_MR @ torch.cat(a).to(x.dtype)
     for grad_MO, part in zip(rows, _parts(pieces, len(b)), strict=True):
-        if format == "fp8":
-            grad_x += ops.product_backward(grad_MO, format, part, x.shape[-1])
-        else:
-            grad_x.addmm_(grad_MO, ops.full_weight(format, part, x.shape[-1], x.dtype))
+        ops.add_product_backward(grad_x, grad_MO, format, part)
     return [grad_x.view(x.shape), *made]
 
 

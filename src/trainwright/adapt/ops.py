@@ -74,8 +74,17 @@ def product_backward(
     if format == "fp8":
         grad_x = quantized.fp8_linear_backward(grad_MO, *quantized.as_bytes(pieces))
         return grad_x if low is None else grad_x.addmm_(*low)
-    weight = full_weight(format, pieces, columns, grad_MO.dtype)
-    return grad_MO @ weight if low is None else (low[0] @ low[1]).addmm_(grad_MO, weight)
+    if low is None:
+        return grad_MO @ full_weight(format, pieces, columns, grad_MO.dtype)
+    return add_product_backward(low[0] @ low[1], grad_MO, format, pieces)
+
+
+def add_product_backward(onto_MI: Tensor, grad_MO: Tensor, format: str, pieces: list[Tensor]) -> Tensor:
+    """onto + grad W, in place."""
+    columns = onto_MI.shape[1]
+    if format == "fp8":
+        return onto_MI.add_(product_backward(grad_MO, format, pieces, columns))
+    return onto_MI.addmm_(grad_MO, full_weight(format, pieces, columns, grad_MO.dtype))
 
 
 def product_float32(a: Tensor, b: Tensor) -> Tensor:

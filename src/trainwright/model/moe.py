@@ -77,10 +77,10 @@ class Moe(nn.Module):
         return self._mix(x_MH, weights_MC, chosen_MC, probabilities_ME.shape[1]).view_as(x_BSH), statistics_2E
 
     def _mix(self, x_MH: Tensor, weights_MC: Tensor, chosen_MC: Tensor, num_experts: int) -> Tensor:
-        # Few bits, few passes of the sort.
-        expert_R, order_R = chosen_MC.flatten().to(torch.int16).sort(stable=True)
+        expert_R = chosen_MC.flatten()
+        order_R = expert_R.to(torch.int16).argsort(stable=True)  # few bits, few passes
         counts_E = torch.zeros(num_experts, dtype=torch.int64, device=x_MH.device)
-        counts_E.scatter_add_(0, expert_R.long(), torch.ones_like(order_R))
+        counts_E.scatter_add_(0, expert_R, torch.ones_like(expert_R))
         places_R = inverse(order_R)
         out_RH = self.experts(spread(x_MH, order_R, places_R), counts_E)
         return mix(out_RH, weights_MC, order_R, places_R)

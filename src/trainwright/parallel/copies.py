@@ -47,7 +47,7 @@ def apply_copies(
     """
     layout, asked = world.layout, recipe.fsdp_transport == "copy"
     meshes = [world.fsdp_mesh(), world.fsdp_mesh(experts=True)] if layout.ep > 1 else [world.fsdp_mesh()]
-    parts = [layers, [layer.mlp.experts for layer in layers if isinstance(layer.mlp, Moe)]]
+    parts: list[list[nn.Module]] = [layers, [layer.mlp.experts for layer in layers if isinstance(layer.mlp, Moe)]]
     groups = [mesh.get_group(mesh.ndim - 1) for mesh in meshes]
     shared = [(group, part) for group, part in zip(groups, parts, strict=False) if group.size() > 1]
     able = bool(shared) and all(can_copy(group, world.device) for group, _ in shared)
@@ -74,7 +74,7 @@ def apply_copies(
     # Gradients that are added up over micro batches before they are reduced are wider than the weights: NCCL's.
     wire = dtype if layout.zero >= 2 else None
     for ring, (_, part) in zip(rings, shared, strict=True):
-        _use(ring, Ring(ring.group, timeout_ms), cast(list[nn.Module], part), wire)
+        _use(ring, Ring(ring.group, timeout_ms), part, wire)
     # Weights and gradients of the ends are large and far apart in time: one buffer serves them all.
     ring = Ring(groups[0], timeout_ms)
     _use(ring, ring, ends, wire)

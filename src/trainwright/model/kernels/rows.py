@@ -28,11 +28,6 @@ def permute(x_RH: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
     return _Permute.apply(x_RH, order_R, places_R)
 
 
-def spread(x_MH: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
-    """[R, H]: each token's row in the places of its choices."""
-    return spread_op(x_MH, order_R, places_R)
-
-
 def mix(x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
     """[M, H]: each token's rows by their weights, summed in float32. The weights may have another type."""
     return _Mix.apply(x_RH, weights_MC, order_R, places_R)
@@ -55,22 +50,23 @@ class _Permute(torch.autograd.Function):
 
 
 @custom_op("trainwright::spread_rows", mutates_args=())
-def spread_op(x_MH: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
+def spread(x_MH: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
+    """[R, H]: each token's row in the places of its choices."""
     return x_MH[order_R // (order_R.numel() // x_MH.shape[0])]
 
 
-@spread_op.register_fake
+@spread.register_fake
 def _(x_MH: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
     return x_MH.new_empty(order_R.numel(), x_MH.shape[1])
 
 
 @custom_op("trainwright::collect_rows", mutates_args=())
-def collect_op(x_RH: Tensor, places_R: Tensor, tokens: int) -> Tensor:
+def collect(x_RH: Tensor, places_R: Tensor, tokens: int) -> Tensor:
     """[M, H]: the sum of each token's rows. One kernel, which adds in float32."""
     return F.embedding_bag(places_R.view(tokens, -1), x_RH.contiguous(), mode="sum")
 
 
-@collect_op.register_fake
+@collect.register_fake
 def _(x_RH: Tensor, places_R: Tensor, tokens: int) -> Tensor:
     return x_RH.new_empty(tokens, x_RH.shape[1])
 
@@ -81,10 +77,10 @@ def _keep_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _collect(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return collect_op(grad, *ctx.saved_tensors, ctx.tokens), None, None
+    return collect(grad, *ctx.saved_tensors, ctx.tokens), None, None
 
 
-spread_op.register_autograd(_collect, setup_context=_keep_places)
+spread.register_autograd(_collect, setup_context=_keep_places)
 
 
 class _Mix(torch.autograd.Function):
