@@ -50,6 +50,8 @@ def compiled(case: Case) -> Trace:
         Case("llama", Layout(world_size=2, tp=2)),
         Case("llama", Layout(world_size=2, tp=2), (("recompute", "full"),)),
         Case("bloom", Layout(world_size=2, tp=2), (("recompute", "selective"),)),
+        Case("llama", Layout(world_size=2, tp=2), (("async_tp", True),)),
+        Case("bloom", Layout(world_size=2, tp=2), (("async_tp", True), ("recompute", "selective"))),
         Case("llama", Layout(world_size=2, cp=2), (("recompute", "full"),)),
         Case("mixtral", Layout(world_size=2, ep=2)),  # the journey of the rows is not compiled
     ],

@@ -19,6 +19,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(activate(self.activation, self.up_proj(x)))
+            (up,) = project(x, self.up_proj)
+            return self.down_proj(activate(self.activation, up))
         gate, up = project(x, self.gate_proj, self.up_proj)
         return self.down_proj(gated(self.activation, gate, up))

@@ -13,15 +13,22 @@ class Linear(nn.Linear):
     """y = x W^T + b in x's type. Weights that are kept wider (float32 masters under bf16 compute) are cast where they
     are used, and their gradients arrive in their own type."""
 
-    float8: Scaling | None = None  # set from outside: in training its products run in 8 bits
+    # Set from outside: in training its products run in 8 bits; what makes the product instead; what makes it with
+    # other layers' (`project`).
+    float8: Scaling | None = None
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
+    together: Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor] | None] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight.to(input.dtype)
         bias = self.bias if self.bias is None else self.bias.to(input.dtype)
         if self.float8 is not None and self.training and fits(input, weight):
             output = float8_linear(input, weight, self.float8)
-            return output if bias is None else output + bias
-        return F.linear(input, weight, bias)
+        elif self.product is not None:
+            output = self.product(input, weight)
+        else:
+            return F.linear(input, weight, bias)
+        return output if bias is None else output + bias
 
 
 def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainwright.errors import UserError
 from trainwright.model.config import ModelConfig, linears, without_adapters
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
@@ -28,13 +27,14 @@ from trainwright.parallel.expert import apply_experts
 from trainwright.parallel.layout import check_model, kv_heads_of_rank
 from trainwright.parallel.mesh import World, in_host_memory
 from trainwright.parallel.offload import apply_offload
+from trainwright.parallel.overlap import use_exchange
 from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.recompute import apply_recompute, hide_gathering
 from trainwright.parallel.sequence import apply_sequence
 from trainwright.parallel.shard import apply_fsdp, ends
 from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs
 from trainwright.parallel.stages import Cut, cut_model, measure_costs
-from trainwright.parallel.tensor import apply_tensor, overlap
+from trainwright.parallel.tensor import apply_tensor
 from trainwright.parallel.tiles import apply_tiles
 from trainwright.recipe.parallel import ParallelRecipe
 
@@ -50,18 +50,19 @@ class Spread:
     """What became of a model.
 
     pipeline: what runs the passes instead of the model where layers are in stages. rows: how context parallelism shares
-    a row. travel: what moves shards, in words.
+    a row. travel, exchanges: what moves shards, and tokens beside tensor parallelism's products, in words.
     """
 
     pipeline: Pipeline | None = None
     rows: RowSplit | None = None
     travel: str | None = None
+    exchanges: str | None = None
 
     @property
     def notes(self) -> list[str]:
         """What was chosen, in words, one line each."""
         notes = [f"context parallel: {self.rows.why}"] if self.rows is not None else []
-        notes += [self.travel] if self.travel is not None else []
+        notes += [text for text in (self.travel, self.exchanges) if text is not None]
         return notes + ([str(self.pipeline)] if self.pipeline is not None else [])
 
 
@@ -82,19 +83,15 @@ def parallelize(
     layout, config = world.layout, model.config
     check_model(layout, config, seq_len, kv_replication=recipe.kv_replication)
     pp, tp, cp = world.axis("pp"), world.axis("tp"), world.axis("cp")
+    cut, stages, rows, travel, exchanges = None, [model], None, None, None
     if recipe.async_tp and tp is not None:
-        if not compile_layers or world.device.type != "cuda":
-            raise UserError(
-                f"parallel.async_tp=true needs train.compile=true on CUDA, this is {world.device.type}: leave it out"
-            )
-        overlap(tp)
-    cut, stages, rows, travel = None, [model], None, None
+        exchanges = use_exchange(tp.get_group(), world, recipe.timeout_minutes)
     if pp is not None:
         cut = _cut(model, pp, recipe, world, DTYPES[precision], seq_len)
         stages = cut_model(model, cut)
     for stage in stages:
         if tp is not None:
-            apply_tensor(stage, tp, leave=Experts if layout.ep > 1 else ())
+            apply_tensor(stage, tp, leave=Experts if layout.ep > 1 else (), overlap=recipe.async_tp)
         if cp is not None:
             rows = choose_row_split(*_heads_of_rank(config, layout.tp), cp.size(), recipe.cp_method)
             apply_sequence(stage, cp, rows)
@@ -114,7 +111,7 @@ def parallelize(
             if recipe.recompute == "selective":
                 hide_gathering(layers)
     if cut is None or pp is None:
-        return Spread(rows=rows, travel=travel)
+        return Spread(rows=rows, travel=travel, exchanges=exchanges)
     shape = _stream_shape(rows, layout.cp)
     pipeline = Pipeline(
         model,
@@ -126,7 +123,7 @@ def parallelize(
         stream_shape=shape,
         split_backward=recipe.recompute == "none" and not compile_layers,
     )
-    return Spread(pipeline, rows)
+    return Spread(pipeline, rows, exchanges=exchanges)
 
 
 def _recompute_and_compile(layers: list[nn.Module], recipe: ParallelRecipe, in_flight: int, compiled: bool) -> None:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainwright.adapt import joint
+from trainwright.parallel import overlap
 
 GIB = 2**30
 Recompute = Literal["none", "selective", "full"]
@@ -42,7 +43,8 @@ def _existing(*names: str) -> frozenset[Any]:
 
 
 BATCHED = _existing("aten.bmm", "aten.baddbmm")
-PRODUCTS = joint.KEPT | BATCHED | _existing("aten.mm", "aten.addmm", "aten._scaled_mm", "aten._grouped_mm")
+PLAIN = _existing("aten.mm", "aten.addmm", "aten._scaled_mm", "aten._grouped_mm")
+PRODUCTS = PLAIN | BATCHED | joint.KEPT | overlap.PRODUCTS
 ATTENTION = _existing(
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
@@ -184,6 +186,8 @@ def _cost(operation: Any, args: tuple[Any, ...]) -> tuple[int, float]:
     what a card computes while it sends as many bytes over a fast link."""
     if operation in joint.KEPT:
         return joint.kept_cost(args)
+    if operation in overlap.PRODUCTS:
+        return overlap.kept_cost(args)
     tensors = [argument for argument in args if isinstance(argument, Tensor)]
     if operation in PRODUCTS:
         a, b = tensors[-2:]

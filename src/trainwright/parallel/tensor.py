@@ -42,6 +42,7 @@ from trainwright.parallel.collectives import (
 )
 from trainwright.parallel.layout import kv_heads_of_rank
 from trainwright.parallel.local import Place, View, distribute, view_locally
+from trainwright.parallel.overlap import overlap_part
 
 Rule = Mapping[str, Place]  # parameter name -> its place; "*" for all others
 PART = Place(partial=True)
@@ -80,8 +81,13 @@ TABLE: Mapping[type[nn.Module], Mapping[str, Rule]] = {
 }
 
 
-def apply_tensor(model: Transformer, mesh: DeviceMesh, *, leave: type[nn.Module] | tuple[()] = ()) -> None:
-    """Splits `model`, which may be on the meta device, over `mesh` (1-D), in place. `leave`: parts placed elsewhere."""
+def apply_tensor(
+    model: Transformer, mesh: DeviceMesh, *, leave: type[nn.Module] | tuple[()] = (), overlap: bool = False
+) -> None:
+    """Splits `model`, which may be on the meta device, over `mesh` (1-D), in place.
+
+    leave: parts placed elsewhere. overlap: products beside the gathers and scatters of plain layers (`overlap.py`).
+    """
     vocabulary = model.config.vocab_size
     placed: Placed = {}  # a tied table is one parameter in two places
     for module in list(model.modules()):
@@ -98,22 +104,10 @@ def apply_tensor(model: Transformer, mesh: DeviceMesh, *, leave: type[nn.Module]
         _split_head(model.lm_head, vocabulary, mesh)
     if model.alibi_slopes is not None:
         model.register_forward_pre_hook(_OwnSlopes(model.alibi_slopes.numel(), mesh))
-    _split_tokens(model, mesh)
+    _split_tokens(model, mesh, overlap)
     # Dynamo sees LocalWeights change a module inside a checkpointed region and, unless told that nothing is left of it
     # afterwards, runs the whole layer uncompiled.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-
-
-def overlap(mesh: DeviceMesh) -> None:
-    """Lets the compiler cut the matmuls next to gathers and scatters of this group into pieces that overlap with them.
-
-    Asynchronous tensor parallelism over symmetric memory (torch 2.6 on, CUDA with NVLink); compiled layers only.
-    """
-    from torch._inductor import config
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    config._micro_pipeline_tp = True
-    enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 # ---- parameters ----
@@ -271,14 +265,14 @@ class _Stream:
         return (split(args[0].flatten(0, 1), 0, self.group), *args[1:]) if self.is_split else args
 
     def end(self, _: nn.Module, __: Any, out: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        return (self._in_rows(gather(out[0], 0, self.group)), *out[1:]) if self.is_split else out
+        return (self.in_rows(gather(out[0], 0, self.group)), *out[1:]) if self.is_split else out
 
     def enter(self, part: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Attention sees rows; for the others a token is a token, and a matmul follows its gather at once."""
         if not self.is_split:
             return args
         whole = gather_partial(args[0], 0, self.group)
-        return (self._in_rows(whole) if isinstance(part, Attention) else whole, *args[1:])
+        return (self.in_rows(whole) if isinstance(part, Attention) else whole, *args[1:])
 
     def leave(self, _: nn.Module, __: Any, out: Tensor) -> Tensor:
         return scatter_sum(out.flatten(0, -2), 0, self.group) if self.is_split else sum_partial(out, self.group)
@@ -287,11 +281,11 @@ class _Stream:
         """Every rank has the whole router statistics, so the gradient that comes through them is not partial."""
         return self.leave(module, args, out[0]), scale_gradient(out[1], 1 / self.ranks)
 
-    def _in_rows(self, x: Tensor) -> Tensor:
+    def in_rows(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (self.rows, -1))
 
 
-def _split_tokens(model: Transformer, mesh: DeviceMesh) -> None:
+def _split_tokens(model: Transformer, mesh: DeviceMesh, overlap: bool) -> None:
     layers: list[nn.Module] = list((model.layers or {}).values())
     if not layers:
         return
@@ -299,7 +293,7 @@ def _split_tokens(model: Transformer, mesh: DeviceMesh) -> None:
     layers[0].register_forward_pre_hook(stream.begin)
     for layer in layers:
         for part in layer.children():
-            if isinstance(part, Attention | Mlp | Moe):
+            if isinstance(part, Attention | Mlp | Moe) and not (overlap and overlap_part(part, stream)):
                 part.register_forward_pre_hook(stream.enter)
                 part.register_forward_hook(stream.leave_experts if isinstance(part, Moe) else stream.leave)
     layers[-1].register_forward_hook(stream.end)
