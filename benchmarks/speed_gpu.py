@@ -212,7 +212,7 @@ ROWS: dict[str, Row] = {
         },
         model=LLAMA2,
         seq_len=4096,
-        steps=(3, 4),
+        steps=(2, 3),
     ),
     # 150
     "moe": Row(
@@ -422,18 +422,25 @@ def measure(
         try:
             process.wait(row.limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(35)  # torchrun gives its ranks 30 s, and killed alone would leave them on the GPUs
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
             return {"error": f"not done in {row.limit} s"}
+        finally:  # also when this program is told to end: ranks that are left would keep the GPUs
+            end(process)
     if out.exists():
         return dict(json.loads(out.read_text()))
     text = log.read_text().splitlines()
     said = [line for line in text if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
     return {"error": next((line for line in said if "ChildFailed" not in line), (text or ["?"])[-1])[:150]}
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """All processes of a line that is not done. torchrun gives its ranks 30 s, and killed alone would leave them."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(35)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def text_of(values: tuple[Any, ...]) -> str:
@@ -456,6 +463,7 @@ def main() -> int:
     if options.worker:
         work(json.loads(options.worker[0].read_text()), options.worker[1])
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.folder.mkdir(parents=True, exist_ok=True)
     print(text_of(COLUMNS), flush=True)
     best: dict[str, float] = {}
