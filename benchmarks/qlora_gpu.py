@@ -24,6 +24,7 @@ import argparse
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -318,6 +319,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small sizes, any device")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "ROW", "LINE"))
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a line's process ends with this one
     tiny = arguments.tiny
     if arguments.one:
         one(*arguments.one, arguments.folder, tiny)

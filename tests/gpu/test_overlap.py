@@ -38,7 +38,7 @@ def compare(rank: int, folder: str) -> None:
     dist.init_process_group("nccl", init_method=f"file://{folder}/group", rank=rank, world_size=GPUS)
     group = dist.group.WORLD
     assert group is not None
-    plain, copies = overlap.Exchange(group), overlap.CopyExchange(Ring(group, 60_000), torch.device("cuda", rank))
+    plain, copies = overlap.Exchange(group), overlap.CopyExchange(Ring(group, 60_000))
     for number in range(ROUNDS):
         torch.manual_seed(GPUS * number + rank)
         rows = ROWS // 2 if number % 3 else ROWS  # buffers of two sizes take turns too

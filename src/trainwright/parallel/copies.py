@@ -60,14 +60,8 @@ def apply_copies(
             )
         return None
     timeout_ms = int(recipe.timeout_minutes * 60_000)
-    try:
-        rings = [Ring(group, timeout_ms) for group, _ in shared]
-        for ring in rings:
-            ring.take(16, torch.uint8, world.device)
-        why = None
-    except RuntimeError as error:  # a container that shares no memory between processes, an old driver
-        why = (str(error).splitlines() or ["?"])[0]
-    if (why := world.first_error(why)) is not None:
+    rings = [Ring(group, timeout_ms) for group, _ in shared]
+    if (why := unshared(rings, world)) is not None:
         if asked:
             raise UserError(f"parallel.fsdp_transport=copy: {why}: set nccl")
         return f"shards travel by NCCL: {why}"
@@ -90,6 +84,17 @@ def can_copy(group: dist.ProcessGroup, device: torch.device) -> bool:
     if len({rank // local for rank in ranks}) > 1:
         return False
     return all(rank % local == here or torch.cuda.can_device_access_peer(here, rank % local) for rank in ranks)
+
+
+def unshared(rings: Sequence[Ring], world: World) -> str | None:
+    """Why the ranks cannot make these buffers, the first of them that says so; None where they can."""
+    try:
+        for ring in rings:
+            ring.take(16, torch.uint8, world.device)
+        why = None
+    except RuntimeError as error:  # a container that shares no memory between processes, an old driver
+        why = (str(error).splitlines() or ["?"])[0]
+    return world.first_error(why)
 
 
 def _use(gathers: Ring, sums: Ring, modules: list[nn.Module], wire: torch.dtype | None) -> None:
@@ -137,16 +142,8 @@ class Ring:
 
     def pull(self, buffer: Tensor, peer: int, start: int, out: Tensor) -> None:
         """[start : start + len(out)] of a peer's copy of a buffer."""
-        out.copy_(self._at(buffer, peer, start, out), non_blocking=True)
-
-    def push(self, buffer: Tensor, peer: int, start: int, value: Tensor) -> None:
-        """Into [start : start + len(value)] of a peer's copy of a buffer."""
-        self._at(buffer, peer, start, value).copy_(value, non_blocking=True)
-
-    def _at(self, buffer: Tensor, peer: int, start: int, like: Tensor) -> Tensor:
         handle = self._handles[buffer.data_ptr()]
-        place: Tensor = handle.get_buffer(peer, like.shape, buffer.dtype, buffer.storage_offset() + start)
-        return place
+        out.copy_(handle.get_buffer(peer, out.shape, buffer.dtype, buffer.storage_offset() + start), non_blocking=True)
 
     def peers(self) -> list[int]:
         """The other ranks of the group, the next one first, so that each is read by one at a time."""

@@ -7,7 +7,7 @@ scattered. Both are operations of their own here, and each is the other's backwa
     product_scatter   y = scatter(sum of a W^T)       backward: y's gradient is gathered
 
 Where ranks read each other's memory (GPUs of one machine) the copy engines pull the pieces over NVLink, and no
-multiprocessor waits or copies. Elsewhere the same operations use plain
+multiprocessor waits or copies: one meeting of the ranks an exchange. Elsewhere the same operations use plain
 collectives, one after the other. The whole of x is not kept: it is gathered again beside the products of the backward
 pass. The idea is Wang et al. 2022 (ASPLOS, "Overlap communication with dependent computation via decomposition"),
 torch has it for pairs of one product and one collective (`_micro_pipeline_tp`); here the sum of several products
@@ -29,7 +29,7 @@ from trainwright.model.attention import Attention
 from trainwright.model.ffn import Mlp
 from trainwright.model.linear import Linear
 from trainwright.parallel.collectives import sum_partial
-from trainwright.parallel.copies import Ring, can_copy
+from trainwright.parallel.copies import Ring, can_copy, unshared
 from trainwright.parallel.local import View
 from trainwright.parallel.mesh import World
 
@@ -61,42 +61,25 @@ class Exchange:
 class CopyExchange(Exchange):
     """The same by copy engines: own rows first in a gather and last in a sum, the peers' in between.
 
-    Copies have a stream of their own, and only there do ranks wait for each other, by flags that copy engines write and
-    the stream's own waiting for a number in memory: a kernel that waits would need a multiprocessor, which a product
-    may hold until it ends. Two buffers take turns: a rank announces itself after its pulls of the exchange before, so
-    the buffer of the last but one is free.
+    Two buffers take turns. At a meeting every rank has pulled what it wanted before, so the buffer of the last exchange
+    but one is free.
     """
 
-    def __init__(self, ring: Ring, device: torch.device) -> None:
+    def __init__(self, ring: Ring) -> None:
         super().__init__(ring.group)
         self.ring, self.rank = ring, ring.group.rank()
-        self.copies = torch.cuda.Stream(device)
+        self.copies = torch.cuda.Stream()
         self._last: Tensor | None = None
-        self._meetings = 0
-        self._flags = ring.take(self.ranks, torch.int32, device).zero_()  # the last meeting that each rank came to
-        ring.meet(self._flags, 0)
-        self._meet()
 
     def _take(self, rows: int, width: int, like: Tensor) -> Tensor:
         """[ranks x rows x width] that is not the last exchange's."""
         self._last = self.ring.take(self.ranks * rows * width, like.dtype, like.device)
         return self._last
 
-    def _meet(self) -> None:
-        """What follows in the copies' stream finds every rank's buffer written."""
-        from cuda.bindings import driver  # torch's own need on CUDA
-
+    def _meet(self, buffer: Tensor) -> None:
+        torch.cuda.current_stream().wait_stream(self.copies)
+        self.ring.meet(buffer, 0)
         self.copies.wait_stream(torch.cuda.current_stream())
-        self._meetings = (self._meetings + 1) % 2**32  # compared as on a circle
-        stream, own = self.copies.cuda_stream, self._flags[self.rank : self.rank + 1]
-        (status,) = driver.cuStreamWriteValue32(stream, own.data_ptr(), self._meetings, 0)
-        with torch.cuda.stream(self.copies):
-            for peer in self.ring.peers():
-                self.ring.push(self._flags, peer, self.rank, own)
-        for peer in self.ring.peers():
-            status = status or driver.cuStreamWaitValue32(stream, self._flags[peer].data_ptr(), self._meetings, 0)[0]
-        if status:
-            raise RuntimeError(f"this driver's streams cannot wait for a number in memory: {status!r}")
 
     def _rows(self, rank: int, rows: int) -> slice:
         return slice(rank * rows, (rank + 1) * rows)
@@ -106,7 +89,7 @@ class CopyExchange(Exchange):
         buffer = self._take(rows, width, x)
         whole = buffer.view(-1, width)
         whole[self._rows(self.rank, rows)].copy_(x)
-        self._meet()
+        self._meet(buffer)
         with torch.cuda.stream(self.copies):
             for peer in self.ring.peers():
                 part = self._rows(peer, rows)
@@ -125,7 +108,7 @@ class CopyExchange(Exchange):
         whole, parts = buffer.view(-1, width), like.new_empty(self.ranks, rows, width)
         for peer in self.ring.peers():
             product(self._rows(peer, rows), whole[self._rows(peer, rows)])
-        self._meet()
+        self._meet(buffer)
         with torch.cuda.stream(self.copies):
             for place, peer in enumerate(self.ring.peers()):
                 self.ring.pull(buffer, peer, self.rank * rows * width, parts[place])
@@ -143,16 +126,9 @@ _exchanges: dict[str, Exchange] = {}
 
 def use_exchange(group: dist.ProcessGroup, world: World, timeout_minutes: float) -> str:
     """Chooses what the operations of this group take, and says so: the copy engines where ranks share memory."""
-    why, exchange = None, Exchange(group)
-    if not can_copy(group, world.device):
-        why = "ranks do not read each other's memory"
-    else:
-        try:
-            exchange = CopyExchange(Ring(group, int(timeout_minutes * 60_000)), world.device)
-        except (RuntimeError, ImportError) as error:
-            why = (str(error).splitlines() or ["?"])[0]
-    why = world.first_error(why)
-    _exchanges[group.group_name] = Exchange(group) if why else exchange
+    ring = Ring(group, int(timeout_minutes * 60_000))
+    why = unshared([ring], world) if can_copy(group, world.device) else "ranks do not read each other's memory"
+    _exchanges[group.group_name] = Exchange(group) if why else CopyExchange(ring)
     return f"async_tp: collectives, one after the other: {why}" if why else "async_tp: copy engines beside products"
 
 
