@@ -156,7 +156,7 @@ ROWS: dict[str, Row] = {
             "PP2 x ZeRO-3 zbv, 8 micro batches": f"parallel.pp=2 parallel.pp_schedule=zbv {micro(1, 8)}",
         },
         spare={
-            "PP2 x ZeRO-3 interleaved, 8 micro batches, selective": f"{TWICE} {budget(20)} {micro(1, 8)}",
+            "PP2 x ZeRO-3 interleaved, 8 micro batches, selective": f"{TWICE} {budget(22)} {micro(1, 8)}",
             "PP2 x ZeRO-3 1F1B, 8 micro batches, selective": f"parallel.pp=2 {budget(20)} {micro(1, 8)}",
         },
         titan_large={

@@ -171,7 +171,7 @@ def _speed_table(path: Path) -> tuple[list[Errors], str]:
         if line["side"] != "ours":
             continue
         recipe = speed_gpu.ours(speed_gpu.ROWS[line["row"]], line["words"], options)["recipe"]
-        made = _as_then(plan(load_recipe(recipe), cluster_of(results["device"], line["gpus"])), results)
+        made = _as_then(plan(load_recipe(recipe), cluster_of(results["device"], line["gpus"])), line)
         memory, seconds, taken = made.memory.allocated, line["step_seconds"], line["peak_memory_gib"]
         of_memory = error(memory / GIB, taken)
         of_time = error(made.speed.step_seconds, seconds) if made.fits else None  # no speed is promised there

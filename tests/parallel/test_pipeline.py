@@ -13,10 +13,11 @@ from trainwright.data.loader import Batch
 from trainwright.errors import UserError
 from trainwright.model.generate import generate
 from trainwright.model.transformer import Transformer
+from trainwright.parallel import apply
 from trainwright.parallel.apply import parallelize
 from trainwright.parallel.layout import Layout
 from trainwright.parallel.pipeline import Pipeline
-from trainwright.parallel.split import PartCosts, check_micro_batches, stages_of_rank
+from trainwright.parallel.split import PartCosts, check_micro_batches, in_flight, stages_of_rank
 from trainwright.parallel.stages import Cut, measure_costs, without_twins
 from trainwright.recipe.parallel import ParallelRecipe
 from trainwright.train.nonfinite import find_nonfinite
@@ -172,6 +173,41 @@ def test_stages_of_a_rank():
     assert [stages_of_rank(r, 2, "1f1b") for r in range(2)] == [(0,), (1,)]
     assert [stages_of_rank(r, 2, "interleaved", 3) for r in range(2)] == [(0, 2, 4), (1, 3, 5)]
     assert [stages_of_rank(r, 3, "zbv") for r in range(3)] == [(0, 5), (1, 4), (2, 3)]
+
+
+def kept_together(pp: int, schedule: str) -> tuple[int, float]:
+    """Stages of this rank times the micro batches between forward and backward in them, at most, as they run; and what
+    of a budget of 12 GiB they keep together."""
+    _, pipeline = in_stages("llama", Layout(world_size=pp, pp=pp), schedule, layers=2 * pp)
+    recipe = ParallelRecipe(pp=pp, pp_schedule=schedule, recompute="selective", recompute_memory=12.0)
+    pipeline.split_backward = False  # as with any recomputation
+    own = list(pipeline.stages.values())
+    share = {
+        number: apply._kept_memory(pipeline.stages[number], own, recipe, pipeline.mesh) for number in pipeline.stages
+    }
+    now, chunks, kept = dict.fromkeys(pipeline.stages, 0), [0], [0.0]
+
+    def count(number: int, step: int) -> None:
+        now[number] += step
+        chunks.append(sum(now.values()))
+        kept.append(sum(now[one] * share[one] for one in now))
+
+    for number, stage in pipeline.stages.items():
+        layer = next(iter(stage.layers.values()))
+        layer.register_forward_pre_hook(lambda *_, number=number: count(number, 1))
+        layer.register_full_backward_hook(lambda *_, number=number: count(number, -1))
+    batches = [models.inputs(batch, "llama") for batch in models.batches(8, 2, 32, 7)]
+    pipeline.forward_backward(batches, lambda output: output.loss_sum)
+    return max(chunks), max(kept)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
+@pytest.mark.parametrize("pp", [2, 4])
+def test_what_is_in_flight_shares_the_budget(pp, schedule):
+    for rank, (chunks, kept) in enumerate(run(pp, kept_together, pp, schedule)):
+        per_rank = len(stages_of_rank(rank, pp, schedule))
+        assert chunks == in_flight(rank, pp, schedule, per_rank) * per_rank
+        assert kept == pytest.approx(12.0)
 
 
 def test_a_cut_covers_all_layers_once():

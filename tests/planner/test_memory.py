@@ -67,11 +67,12 @@ class How:
     accumulation: int = 1
     rows: int = ROWS
     layout: Layout = field(default_factory=Layout)
+    async_tp: bool = False
 
     @property
     def parallel(self) -> ParallelRecipe:
         degrees = {name: getattr(self.layout, name) for name in ("pp", "dp_replicate", "cp", "tp", "ep", "zero")}
-        return ParallelRecipe(**degrees, recompute=self.recompute)
+        return ParallelRecipe(**degrees, recompute=self.recompute, async_tp=self.async_tp)
 
 
 def real_peak(config: ModelConfig, how: How) -> int:
@@ -164,6 +165,7 @@ LAYOUTS = [
     (How(layout=Layout(2, zero=3)), 256),
     (How(layout=Layout(2, zero=3), accumulation=2, recompute="full"), 256),
     (How(layout=Layout(2, tp=2), accumulation=2), 2048),
+    (How(layout=Layout(2, tp=2), rows=16, async_tp=True), 256),
     (How(layout=Layout(2, cp=2), accumulation=2, recompute="full"), 256),
     (How(layout=Layout(2, pp=2), accumulation=2), 2048),
     (How(layout=Layout(2, pp=2), accumulation=4, recompute="full"), 256),

@@ -32,7 +32,7 @@ from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.recompute import apply_recompute, hide_gathering
 from trainwright.parallel.sequence import apply_sequence
 from trainwright.parallel.shard import apply_fsdp, ends
-from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs
+from trainwright.parallel.split import RowSplit, choose_row_split, estimate_costs, in_flight
 from trainwright.parallel.stages import Cut, cut_model, measure_costs
 from trainwright.parallel.tensor import apply_tensor
 from trainwright.parallel.tiles import apply_tiles
@@ -98,8 +98,7 @@ def parallelize(
         if layout.ep > 1:
             apply_experts(stage, world.meshes["ep_tp"])
         layers = list((stage.layers or {}).values())
-        in_flight = pp.size() if pp is not None else 1  # 1F1B's most on a rank, each with its own kept results
-        _recompute_and_compile(layers, recipe, in_flight, compile_layers)
+        _recompute_and_compile(layers, recipe, _kept_memory(stage, stages, recipe, pp), compile_layers)
         if recipe.offload in ("activations", "all"):
             apply_offload(layers, world.device)
         if world.meshes:
@@ -126,16 +125,28 @@ def parallelize(
     return Spread(pipeline, rows, exchanges=exchanges)
 
 
-def _recompute_and_compile(layers: list[nn.Module], recipe: ParallelRecipe, in_flight: int, compiled: bool) -> None:
-    """What layers keep for their backward pass, and their compilation, which has to see it."""
-    memory = recipe.recompute_memory
+def _kept_memory(
+    stage: Transformer, stages: list[Transformer], recipe: ParallelRecipe, pp: DeviceMesh | None
+) -> float | None:
+    """GiB that one micro batch may keep in this stage: those in flight share `recompute_memory`, all layers alike."""
+    if recipe.recompute_memory is None or pp is None:
+        return recipe.recompute_memory
+    own, layers = len(stage.layers or {}), sum(len(each.layers or {}) for each in stages)
+    most = in_flight(pp.get_local_rank(), pp.size(), recipe.pp_schedule, len(stages))
+    return recipe.recompute_memory / most * own / max(1, layers)
+
+
+def _recompute_and_compile(
+    layers: list[nn.Module], recipe: ParallelRecipe, memory: float | None, compiled: bool
+) -> None:
+    """What layers keep for their backward pass, within `memory` GiB, and their compilation, which has to see it."""
     if compiled:
         torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
     if recipe.mlp_tokens is not None:
         apply_tiles(layers, recipe.mlp_tokens, torch.compile if compiled else None)
         compiled = False  # their parts are
     if compiled and recipe.recompute == "selective" and memory is not None:
-        apply_budget(layers, memory, in_flight=in_flight, compile_=torch.compile)
+        apply_budget(layers, memory, compile_=torch.compile)
         return
     if compiled and recipe.recompute == "full":
         # Compiled inside and computed again outside: the second forward is the very program of the first, with the
@@ -143,7 +154,7 @@ def _recompute_and_compile(layers: list[nn.Module], recipe: ParallelRecipe, in_f
         for layer in layers:
             layer.forward = torch.compile(layer.forward)
         compiled = False
-    apply_recompute(layers, recipe.recompute, memory_gib=memory, in_flight=in_flight)
+    apply_recompute(layers, recipe.recompute, memory_gib=memory)
     if compiled:
         for layer in layers:
             layer.forward = torch.compile(layer.forward)

@@ -24,11 +24,10 @@ thirds of these bytes) are computed again."""
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def apply_budget(layers: Iterable[nn.Module], memory_gib: float, *, in_flight: int = 1, compile_: Compile) -> Budget:
-    """Sets and compiles every layer, in place. memory_gib: what all layers together may keep beyond their inputs, with
-    `in_flight` micro batches between forward and backward."""
+def apply_budget(layers: Iterable[nn.Module], memory_gib: float, *, compile_: Compile) -> Budget:
+    """Sets and compiles every layer, in place. memory_gib: what all layers together may keep beyond their inputs."""
     layers = list(layers)
-    budget = Budget(memory_gib * GIB / in_flight, len(layers))
+    budget = Budget(memory_gib * GIB, len(layers))
     for number, layer in enumerate(layers):
         layer.forward = _Chosen(layer, number, budget, compile_)
     return budget

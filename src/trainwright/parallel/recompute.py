@@ -55,19 +55,16 @@ EXCHANGES = _existing("_c10d_functional.reduce_scatter_tensor", "_c10d_functiona
 KEPT = PRODUCTS | ATTENTION | EXCHANGES
 
 
-def apply_recompute(
-    layers: Iterable[nn.Module], mode: Recompute, *, memory_gib: float | None = None, in_flight: int = 1
-) -> None:
+def apply_recompute(layers: Iterable[nn.Module], mode: Recompute, *, memory_gib: float | None = None) -> None:
     """Sets every layer to keep its input only (full), or the results that are dear too (selective).
 
     The layer's own `forward` is replaced on the instance, so names, weights and hooks stay as they are. memory_gib:
-    what the kept results of all these layers may take together, with `in_flight` micro batches between forward and
-    backward.
+    what the kept results of all these layers may take together.
     """
     layers = list(layers)
     if mode == "none":
         return
-    budget = Budget(memory_gib * GIB / in_flight) if memory_gib is not None else None
+    budget = Budget(memory_gib * GIB) if memory_gib is not None else None
     for number, layer in enumerate(layers):
         extra: dict[str, Any] = {}
         if mode == "selective":

@@ -75,6 +75,15 @@ def stages_of_rank(rank: int, pp: int, schedule: Schedule, per_rank: int = 2) ->
     return tuple(range(rank, pp * per_rank, pp))
 
 
+def in_flight(rank: int, pp: int, schedule: Schedule, per_rank: int = 2) -> float:
+    """Micro batches between forward and backward on one pipeline rank, at most, in units of all of its layers."""
+    if schedule == "1f1b":
+        return float(pp - rank)
+    if schedule == "zbv":
+        return float(pp)
+    return ((pp - rank - 1) * 2 + (per_rank - 1) * pp + 1) / per_rank  # Narayanan et al. 2021, section 2.2
+
+
 def check_micro_batches(schedule: Schedule, pp: int, count: int) -> None:
     """Raises UserError where a schedule cannot order `count` micro batches; any other number works, with bubbles."""
     rounds = max(1, count // pp)

@@ -60,7 +60,7 @@ def kept_levels(job: Job, stage: Stage, layer: int) -> tuple[int, int] | None:
     memory, layers = job.recipe.parallel.recompute_memory, len(stage.layers)
     if job.recompute != "selective" or memory is None or not job.program.compiled:
         return None
-    kept, room = kind_activations(job, layer), memory * GIB / stage.in_flight
+    kept, room = kind_activations(job, layer), memory * GIB / stage.sharers
     several = int(min(layers, room // max(1, kept.attention_results)))
     more = max(1, kept.results - kept.attention_results)
     whole = int(min(layers, (room - several * kept.attention_results) // more)) if several == layers else 0
@@ -125,10 +125,9 @@ def _attention(job: Job, block: BlockConfig, path: str, found: LayerActivations)
     queries = job.tokens * heads * part.head_dim
     keys = job.tokens * kv_heads * part.head_dim * kv_copies(kv_heads, job.row_split.ulysses)
     gathered = keys * job.row_split.ring
-    hidden = job.tokens * part.q_proj.in_features
     projections = {name: getattr(part, name) for name in ("q_proj", "k_proj", "v_proj")}
     if any(_reads(job, linear, f"{path}.{name}") for name, linear in projections.items()):
-        found.add("norm", hidden * program.normed)
+        found.add("norm", job.entering_tokens * part.q_proj.in_features * program.normed)
     found.add("attention", (queries + 2 * gathered) * program.queries)
     found.add("attention", queries * program.compute + job.tokens * heads * 4)  # the result and its log sum
     found.add("attention", queries * program.mixed)
@@ -163,7 +162,8 @@ def _mlp(job: Job, block: BlockConfig, path: str, found: LayerActivations) -> in
     entering = {name: linear for name in ("gate_proj", "up_proj") if (linear := getattr(part, name))}
     if any(_reads(job, linear, f"{path}.{name}") for name, linear in entering.items()):
         copies = len(entering) if job.program.mixed else job.program.normed_inner  # in 8 bits, one for each reader
-        found.add("norm", hidden * min(copies, job.program.normed_inner))
+        entering_hidden = job.entering_tokens * part.up_proj.in_features
+        found.add("norm", entering_hidden * min(copies, job.program.normed_inner))
     tile = job.recipe.parallel.mlp_tokens
     if tile is not None and tile < job.tokens:  # pieces keep their input and run one after another
         wide = inner * tile // job.tokens * (_inner(job, part) + job.program.inner_work)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from trainwright.model.config import AttentionConfig, BlockConfig, ModelConfig
 from trainwright.parallel.layout import Layout, kv_heads_of_rank
-from trainwright.parallel.split import PartCosts, RowSplit, choose_row_split, stages_of_rank
+from trainwright.parallel.split import PartCosts, RowSplit, choose_row_split, in_flight, stages_of_rank
 from trainwright.planner.calibration import Calibration
 from trainwright.planner.hardware import Cluster
 from trainwright.planner.parameters import ModelParts, Parameter
@@ -31,6 +31,8 @@ class Stage:
     embedding: bool
     head: bool
     in_flight: float
+    sharers: float = 1.0
+    """Micro batches that share `recompute_memory`: as many as the schedule would keep of a long step."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Job:
         return self.tokens // self.layout.tp if self.program.sequence_parallel else self.tokens
 
     @property
+    def entering_tokens(self) -> int:
+        """Tokens of what a layer's first products keep of their input."""
+        return self.stream_tokens if self.program.gathers_again else self.tokens
+
+    @property
     def global_batch(self) -> int:
         return self.micro_batch * self.accumulation * self.layout.data_ranks
 
@@ -110,7 +117,8 @@ class Job:
 
     def alike(self, stage: Stage) -> Hashable:
         """Equal for stages of which a rank holds and does the same."""
-        return tuple(self.kinds[layer] for layer in stage.layers), stage.embedding, stage.head, stage.in_flight
+        kinds = tuple(self.kinds[layer] for layer in stage.layers)
+        return kinds, stage.embedding, stage.head, stage.in_flight, stage.sharers
 
     def groups(self, stage: Stage) -> list[LayerGroup]:
         """The stage's layers by kind."""
@@ -192,15 +200,9 @@ class Job:
 
     def _stage(self, rank: int, mine: tuple[int, ...], parts: tuple[range, ...]) -> Stage:
         """A rank's stages, and how many micro batches wait in them at most, in units of all of them."""
-        pp, schedule, last = self.layout.pp, self.recipe.parallel.pp_schedule, len(parts) - 1
-        if schedule == "1f1b":
-            in_flight = float(pp - rank)
-        elif schedule == "zbv":
-            in_flight = float(pp)
-        else:  # (Narayanan et al. 2021, section 2.2)
-            in_flight = ((pp - rank - 1) * 2 + (len(mine) - 1) * pp + 1) / len(mine)
         layers = tuple(layer for part in mine for layer in parts[part])
-        return Stage(rank, layers, 0 in mine, last in mine, min(in_flight, float(self.accumulation)))
+        most = in_flight(rank, self.layout.pp, self.recipe.parallel.pp_schedule, len(mine))
+        return Stage(rank, layers, 0 in mine, len(parts) - 1 in mine, min(most, float(self.accumulation)), most)
 
     def block(self, layer: int) -> BlockConfig:
         return self.config.layers[layer]

@@ -178,7 +178,7 @@ class _Walk:
             "gradients": here * states.gradients if gradients else 0,
             "workspaces": int(self.program.workspace_gib * GIB),
             "communication": int(self.program.bucket_gib * GIB) if self.job.layout.world_size > 1 else 0,
-            "copies' buffers": self._copies(),
+            "copies' buffers": self._copies() + self._exchanges(),
         }
         return {name: size for name, size in parts.items() if size}
 
@@ -193,6 +193,13 @@ class _Walk:
         parts = [self.outer] if self.job.config.lm_head.tied else [first, last]
         ends = {shared_bytes(whole_bytes(self.job, part)) for part in parts if part}
         return 2 * shared_bytes(weights) + shared_bytes(gradients) + sum(ends)
+
+    def _exchanges(self) -> int:
+        """The two buffers of `parallel/overlap.py`: what is gathered, and what is summed over the ranks."""
+        if not self.program.gathers_again:
+            return 0
+        size = self.job.tokens * self.job.config.hidden_size * self.program.compute
+        return 2 * (size if self.device == "cpu" else shared_bytes(size))
 
     def _gathered(self, *, backward: bool) -> Parts:
         """Whole weights that exist beside the shards: those of running layers, or of all where they stay gathered."""
@@ -298,7 +305,7 @@ class _Walk:
             return held
         layers, levels = len(self.stage.layers), kept_levels(self.job, self.stage, layer)
         if levels is None:  # operation by operation, as far as it goes
-            return min(held, activations.entry + int(parallel.recompute_memory * GIB / self.stage.in_flight / layers))
+            return min(held, activations.entry + int(parallel.recompute_memory * GIB / self.stage.sharers / layers))
         whole, several = levels
         kept = whole * activations.results + (several - whole) * activations.attention_results
         return min(held, activations.entry + kept // layers)

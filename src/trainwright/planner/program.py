@@ -80,6 +80,8 @@ class Program:
     """The same of an MLP without gate: before and after the activation."""
     sequence_parallel: bool = True
     """Whether tensor parallel ranks share out norms and stream."""
+    gathers_again: bool = False
+    """Whether they gather a layer's input again in the backward pass instead of keeping all of it."""
 
     # ---- what lives for a moment
     inner_work: int = 4
@@ -225,10 +227,17 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         packed_kernels=0 if train.cuda_graph else 90,
         reducing_layers=0.0 if cpu else 1.0,
         workspace_gib=0.0 if cpu else 0.03,
+        gathers_again=_overlaps(recipe),  # `parallel/overlap.py`
         copies=not cpu and recipe.parallel.fsdp_transport != "nccl",
         reserved=max(1.04, fragments),
         slack=fragments,
     )
+
+
+def _overlaps(recipe: Recipe) -> bool:
+    """Whether products of tensor parallelism take gathers and scatters along: those of plain layers."""
+    plain = recipe.adapter is None and recipe.quantize is None and recipe.train.float8 is None
+    return recipe.parallel.async_tp and recipe.parallel.tp > 1 and plain
 
 
 def _host_work(recipe: Recipe, world_size: int, compiled: bool) -> int:
