@@ -132,6 +132,9 @@ class Ring:
         import torch.distributed._symmetric_memory as symm_mem
 
         raw = symm_mem.empty(size, dtype=torch.uint8, device=device)
+        # torch clears the buffer and its signals on the default stream and does not wait: a peer that is ahead would
+        # signal first, its signal would be cleared, and the ranks would wait for each other for ever.
+        torch.cuda.default_stream(device).synchronize()
         self._handles[raw.data_ptr()] = symm_mem.rendezvous(raw, self.group.group_name)
         note_outside(size)
         return raw
