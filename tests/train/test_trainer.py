@@ -71,6 +71,12 @@ def test_metrics_have_all_fields_and_losses_fall(finished):
     assert last["tflops"] == pytest.approx(flops / 1e12)
 
 
+def test_held_out_data_is_looked_at_once_a_step(finished):
+    """The last step is one of every ten, and the end of training."""
+    _, result = finished
+    assert [line["step"] for line in read_lines(result.folder / "evaluation.jsonl")] == [0, 10, 20]
+
+
 def test_the_resolved_recipe_repeats_the_run(finished, tmp_path):
     recipe, result = finished
     again = load_recipe(result.folder / "recipe.yaml", [f"output={tmp_path}"])

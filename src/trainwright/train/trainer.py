@@ -231,7 +231,8 @@ class Trainer:
             while self.step < self.total_steps:
                 batches = list(islice(self.loader, self.loader.accumulation))
                 asked = self._one_step(batches, bool(stop))
-                if not asked and self._due(self.recipe.evaluation.every):
+                # The last step's is the one after training.
+                if not asked and self.step < self.total_steps and self._due(self.recipe.evaluation.every):
                     asked = not self._evaluate(stop)
                 if asked:
                     self._save()
