@@ -29,15 +29,14 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        grad = grads[0].float()
-        normed = x.float() * scale
+        grad, wide, width = grads[0].float(), x.float(), x.shape[-1]
         grad_x = grad_weight = None
+        product = (grad * wide).view(-1, width)  # summed over rows, by `scale`, and over columns, by `weight`
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+            grad_weight = (product.t() @ scale.flatten()).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            grad = grad * weight
-            mean = torch.linalg.vecdot(grad, normed).unsqueeze_(-1).div_(x.shape[-1])
-            grad_x = grad.addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype)
+            mean = (product @ weight.float()).view(scale.shape).div_(-width).mul_(scale.square())
+            grad_x = (grad * weight).addcmul_(wide, mean).mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None
 
 
