@@ -18,7 +18,7 @@ class ParallelRecipe(Section):
         "auto", description="what moves shards inside a machine: NCCL's kernels, or the GPUs' copy engines"
     )
     tp: int = Field(1, ge=1, description="tensor parallel degree, with sequence-parallel norms")
-    async_tp: bool = Field(False, description="overlap tp's exchanges with products (plain layers on GPUs of one machine)")
+    async_tp: bool = Field(False, description="overlap tp's exchanges with products (GPUs of one machine)")
     cp: int = Field(1, ge=1, description="context parallel degree: a sequence split over GPUs")
     cp_method: Literal["auto", "ulysses", "ring"] = Field("auto", description="how attention crosses the split")
     pp: int = Field(1, ge=1, description="pipeline stages")
