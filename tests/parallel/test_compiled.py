@@ -89,7 +89,7 @@ def passes(recipe: ParallelRecipe, backend: str, layers: int) -> tuple[Transform
     counters.clear()
     compiled, plain = (Transformer(models.llama(layers)).init_weights(3) for _ in range(2))
     with replaced(torch, "compile", functools.partial(torch.compile, backend=backend)):
-        apply._recompute_and_compile(list((compiled.layers or {}).values()), recipe, 1, True)
+        apply._recompute_and_compile(list((compiled.layers or {}).values()), recipe, recipe.recompute_memory, True)
     return compiled, plain
 
 

@@ -31,11 +31,12 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         grad, wide, width = grads[0].float(), x.float(), x.shape[-1]
         grad_x = grad_weight = None
-        product = (grad * wide).view(-1, width)  # summed over rows, by `scale`, and over columns, by `weight`
+        product = (grad * wide).reshape(-1, width)  # summed over rows, by `scale`, and over columns, by `weight`
         if ctx.needs_input_grad[1]:
             grad_weight = (product.t() @ scale.flatten()).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             mean = (product @ weight.float()).view(scale.shape).div_(-width).mul_(scale.square())
+            del product
             grad_x = (grad * weight).addcmul_(wide, mean).mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None
 
