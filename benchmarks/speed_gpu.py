@@ -178,7 +178,7 @@ ROWS: dict[str, Row] = {
         steps=(1, 2),
         limit=300,
     ),
-    # 250: one step, with the compilation in it
+    # one step, with the compilation in it; 150 of it by plan
     "512k": Row(
         {"CP4, tiles, offload": "parallel.cp=4 parallel.recompute=full parallel.offload=activations "
          f"parallel.mlp_tokens=16384 {micro(1)}"},
@@ -204,7 +204,7 @@ ROWS: dict[str, Row] = {
         gpus=1,
         hf="transformers + Liger, 8 bit AdamW, full recompute",
     ),
-    # 70
+    # not measured with four micro batches
     "llama2": Row(
         {
             "TP2 x ZeRO-2, 4 rows, 4 micro batches": f"parallel.tp=2 parallel.zero=2 {micro(4, 4)}",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.parallel.parity import TOLERANCE, Case, Trace, differences, trace_of
 from tests.parallel.worlds import run
-from trainwright.parallel import expert, pipeline, sequence
+from trainwright.parallel import expert, overlap, pipeline, sequence
 from trainwright.parallel.layout import Layout
 from trainwright.train.step import TrainStep
 
@@ -111,6 +111,22 @@ def experts_in_order_of_arrival() -> Any:
     return replaced(expert, "by_expert", lambda come, rows: (torch.arange(rows), torch.arange(rows)))
 
 
+def scattered_without_a_sum() -> Any:
+    """Products beside exchanges: a rank keeps its own part of its own product."""
+
+    def scatter(self: Any, rows: int, width: int, like: Tensor, product: Any) -> Any:
+        whole = like.new_empty(self.ranks * rows, width)
+        product(slice(None), whole)
+        return lambda: whole.chunk(self.ranks)[self.group.rank()].clone()
+
+    return replaced(overlap.Exchange, "scatter", scatter)
+
+
+def gathered_from_nobody() -> Any:
+    """Products beside exchanges: a rank's own tokens stand for the others'."""
+    return replaced(overlap.Exchange, "gather", lambda self, x: (x.repeat(self.ranks, 1), iter([slice(None)])))
+
+
 def mean_of_means() -> Any:
     """Each micro batch divides by its own tokens."""
 
@@ -138,6 +154,8 @@ MUTANTS = [
     (untied, Case("bloom", Layout(world_size=2, pp=2), (("pp_schedule", "zbv"),))),
     (forgotten_statistics, Case("mixtral", Layout(world_size=2, pp=2))),
     (experts_in_order_of_arrival, Case("mixtral", Layout(world_size=2, ep=2))),
+    (scattered_without_a_sum, Case("llama", Layout(world_size=2, tp=2), (("async_tp", True),))),
+    (gathered_from_nobody, Case("llama", Layout(world_size=2, tp=2), (("async_tp", True),))),
     (mean_of_means, Case("llama", Layout(world_size=2))),
 ]
 

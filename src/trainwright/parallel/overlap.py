@@ -235,12 +235,12 @@ def _scattering_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 gather_products_op.register_autograd(_gathering_gradients, setup_context=_keep_gathering)
 product_scatter_op.register_autograd(_scattering_gradients, setup_context=_keep_scattering)
 
-PRODUCTS = frozenset({torch.ops.trainwright.gather_products.default, torch.ops.trainwright.product_scatter.default})
+KEPT = frozenset({torch.ops.trainwright.gather_products.default, torch.ops.trainwright.product_scatter.default})
 """What selective recomputation keeps of these."""
 
 
 def kept_cost(args: tuple[Any, ...]) -> tuple[int, float]:
-    """(bytes of the results, FLOPs to make them again) of one of `PRODUCTS`."""
+    """(bytes of the results, FLOPs to make them again) of one of `KEPT`."""
     x, weights, ranks = args[0], args[1], _exchanges[args[2]].ranks
     if isinstance(weights, list):
         elements = x.shape[0] * ranks * sum(weight.shape[0] for weight in weights)
@@ -272,10 +272,9 @@ def overlap_part(part: nn.Module, stream: Stream) -> bool:
         layers, last = [part.gate_proj, part.up_proj] if part.gate_proj else [part.up_proj], part.down_proj
     else:
         return False
-    plain = [layer for layer in (*layers, last) if isinstance(layer, Linear) and layer.float8 is None]
-    if len(plain) <= len(layers):
+    if not all(isinstance(layer, Linear) and layer.float8 is None for layer in (*layers, last)):
         return False
-    *first, end = cast(list[Any], plain)
+    first, end = cast(list[Any], layers), cast(Any, last)
     first[0].together = _Entrance(tuple(first), stream, isinstance(part, Attention))
     end.product = _Exit(stream)
     if end.bias is not None:  # after the sum now, by every rank on its own tokens

@@ -43,8 +43,9 @@ def _existing(*names: str) -> frozenset[Any]:
 
 
 BATCHED = _existing("aten.bmm", "aten.baddbmm")
-PLAIN = _existing("aten.mm", "aten.addmm", "aten._scaled_mm", "aten._grouped_mm")
-PRODUCTS = PLAIN | BATCHED | joint.KEPT | overlap.PRODUCTS
+PRODUCTS = (
+    _existing("aten.mm", "aten.addmm", "aten._scaled_mm", "aten._grouped_mm") | BATCHED | joint.KEPT | overlap.KEPT
+)
 ATTENTION = _existing(
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
@@ -183,7 +184,7 @@ def _cost(operation: Any, args: tuple[Any, ...]) -> tuple[int, float]:
     what a card computes while it sends as many bytes over a fast link."""
     if operation in joint.KEPT:
         return joint.kept_cost(args)
-    if operation in overlap.PRODUCTS:
+    if operation in overlap.KEPT:
         return overlap.kept_cost(args)
     tensors = [argument for argument in args if isinstance(argument, Tensor)]
     if operation in PRODUCTS:

@@ -162,8 +162,7 @@ def _mlp(job: Job, block: BlockConfig, path: str, found: LayerActivations) -> in
     entering = {name: linear for name in ("gate_proj", "up_proj") if (linear := getattr(part, name))}
     if any(_reads(job, linear, f"{path}.{name}") for name, linear in entering.items()):
         copies = len(entering) if job.program.mixed else job.program.normed_inner  # in 8 bits, one for each reader
-        entering_hidden = job.entering_tokens * part.up_proj.in_features
-        found.add("norm", entering_hidden * min(copies, job.program.normed_inner))
+        found.add("norm", job.entering_tokens * part.up_proj.in_features * min(copies, job.program.normed_inner))
     tile = job.recipe.parallel.mlp_tokens
     if tile is not None and tile < job.tokens:  # pieces keep their input and run one after another
         wide = inner * tile // job.tokens * (_inner(job, part) + job.program.inner_work)
