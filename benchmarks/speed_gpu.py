@@ -63,7 +63,8 @@ PP2 = {
 }  # fmt: skip
 INTERLEAVED = {"parallelism.pipeline_parallel_schedule": "Interleaved1F1B"}
 CP4 = {"parallelism.context_parallel_degree": 4, "activation_checkpoint.mode": "full"}
-EP4 = {"parallelism.expert_parallel_degree": 4, "training.local_batch_size": 2, **TITAN_NONE}
+EP = {"training.local_batch_size": 2, **TITAN_NONE}
+EP2, EP4 = ({"parallelism.expert_parallel_degree": ranks, **EP} for ranks in (2, 4))
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,25 @@ ROWS: dict[str, Row] = {
         model=MOE,
         seq_len=4096,
         layers=8,
+        peer=("qwen3", "30B-A3B"),
+    ),
+    # the same two where there are no four GPUs
+    "tp2": Row(
+        {
+            "TP2, 2 rows, async": f"parallel.tp=2 parallel.async_tp=true {micro(2)}",
+            "TP2, 2 rows": f"parallel.tp=2 {micro(2)}",
+        },
+        {"TP2, 2 rows": {**TP2, **TITAN_NONE}, "TP2, 2 rows, async": {**TP2, **TITAN_NONE, **ASYNC}},
+        gpus=2,
+        layers=12,
+    ),
+    "moe2": Row(
+        {"EP2 x ZeRO-3, 2 rows": f"parallel.ep=2 {micro(2)}"},
+        {"EP2 x FSDP, 2 rows": EP2},
+        model=MOE,
+        seq_len=4096,
+        layers=8,
+        gpus=2,
         peer=("qwen3", "30B-A3B"),
     ),
 }  # fmt: skip

@@ -38,6 +38,7 @@ from trainwright.planner.hardware import Cluster, cpu_card
 from trainwright.planner.memory import MemoryPlan, plan_memory
 from trainwright.recipe.load import load_recipe
 from trainwright.recipe.parallel import ParallelRecipe
+from trainwright.train.in_backward import InBackward
 from trainwright.train.optimizer import build_optimizer
 from trainwright.train.step import LossScale, TrainStep
 
@@ -68,6 +69,7 @@ class How:
     rows: int = ROWS
     layout: Layout = field(default_factory=Layout)
     async_tp: bool = False
+    in_backward: bool = False
 
     @property
     def parallel(self) -> ParallelRecipe:
@@ -92,8 +94,16 @@ def real_peak(config: ModelConfig, how: How) -> int:
     network.init_weights(1).train()
     if adapted:
         start_adapters(network, 1)
-    optimizers = build_optimizer(network, "adamw", betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    take = TrainStep(spread.pipeline or network, optimizers, world, max_grad_norm=1.0, loss_scale=LossScale(False))
+    settings = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "by_layer": how.in_backward}
+    optimizers = build_optimizer(network, "adamw", **settings)
+    take = TrainStep(
+        spread.pipeline or network,
+        optimizers,
+        world,
+        max_grad_norm=0.0,
+        loss_scale=LossScale(False),
+        in_backward=InBackward(optimizers, world) if how.in_backward else None,
+    )
     batches = [_whole_rows(how.rows) for _ in range(how.accumulation)]
     take(batches, 1e-4)
     gc.collect()
@@ -123,6 +133,8 @@ def planned(config: ModelConfig, how: How, **recipe: Any) -> MemoryPlan:
             "gradient_accumulation_steps": how.accumulation,
             "precision": how.precision,
             "master_weights": how.masters,
+            "optimizer_in_backward": how.in_backward,
+            "max_grad_norm": 0,
             "compile": False,
         },
         "parallel": how.parallel.model_dump(mode="json"),
@@ -138,6 +150,8 @@ CASES = [
     ("llama", How(accumulation=2)),
     ("llama", How("fp32")),
     ("llama", How(masters=False)),
+    ("llama", How(masters=False, in_backward=True)),
+    ("llama", How(recompute="full", in_backward=True)),
     ("bloom", How()),
     ("mixtral", How()),
     ("mixtral", How(recompute="full")),
@@ -163,6 +177,7 @@ LAYOUTS = [
     (How(layout=Layout(2, zero=1), accumulation=2, recompute="full"), 256),
     (How(layout=Layout(2, zero=2)), 256),
     (How(layout=Layout(2, zero=3)), 256),
+    (How(layout=Layout(2, zero=3), in_backward=True), 256),
     (How(layout=Layout(2, zero=3), accumulation=2, recompute="full"), 256),
     (How(layout=Layout(2, tp=2), accumulation=2), 2048),
     (How(layout=Layout(2, tp=2), rows=16, async_tp=True), 256),

@@ -107,6 +107,21 @@ def test_bad_values_say_the_value_and_the_fix(override, words):
     assert words in refusal(MINIMAL, override)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((), "clipping needs the norm of all gradients first: set train.max_grad_norm=0"),
+        (("train.max_grad_norm=0", "train.precision=fp16"), "set train.precision=bf16"),
+        (("train.max_grad_norm=0", "train.cuda_graph=true"), "set train.cuda_graph=false"),
+        (("train.max_grad_norm=0", "train.gradient_accumulation_steps=2"), "set train.gradient_accumulation_steps=1"),
+        (("train.max_grad_norm=0", "parallel.tp=2"), "parallel.tp=2 completes or moves gradients"),
+        (("train.max_grad_norm=0", "parallel.offload=all"), "parallel.offload=all completes or moves gradients"),
+    ],
+)
+def test_updates_within_the_backward_pass_say_what_they_cannot_have(overrides, words):
+    assert words in refusal(MINIMAL, "train.optimizer_in_backward=true", *overrides)
+
+
 def test_base_is_inherited_and_overridden(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: quickstart\nname: mine\ntrain: {steps: 7}\n")
     mine, shipped = load_recipe(tmp_path / "mine.yaml"), load_recipe("quickstart")

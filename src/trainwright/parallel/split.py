@@ -94,6 +94,15 @@ def check_micro_batches(schedule: Schedule, pp: int, count: int) -> None:
         )
 
 
+def check_one_pass(in_backward: bool, accumulation: int) -> None:
+    """Raises UserError where updates within the backward pass meet several passes a step."""
+    if in_backward and accumulation > 1:
+        raise UserError(
+            f"train.optimizer_in_backward=true updates after each backward pass, and a step has {accumulation}: use "
+            "train.gradient_accumulation_steps=1 with larger micro batches, or leave it out"
+        )
+
+
 def _given(counts: Sequence[int], num_layers: int, num_stages: int) -> tuple[range, ...]:
     """Ranges of the given lengths."""
     if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 0 or 0 in counts[1:-1]:

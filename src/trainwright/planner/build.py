@@ -12,7 +12,7 @@ from trainwright.model import named
 from trainwright.model.config import ModelConfig
 from trainwright.model.source import load_config
 from trainwright.parallel.layout import Layout
-from trainwright.parallel.split import PartCosts, check_micro_batches
+from trainwright.parallel.split import PartCosts, check_micro_batches, check_one_pass
 from trainwright.planner.calibration import Calibration, load_calibration
 from trainwright.planner.hardware import Cluster
 from trainwright.planner.job import Job
@@ -68,6 +68,7 @@ def build_job(
     accumulation = layout.accumulation(rows, recipe.train.global_batch_size, recipe.train.gradient_accumulation_steps)
     if program is None:
         check_micro_batches(recipe.parallel.pp_schedule, layout.pp, accumulation)
+        check_one_pass(recipe.train.optimizer_in_backward, accumulation)
     own = program or own_program(recipe, cluster.card, cluster.gpus)
     job = Job(recipe, model, layout, cluster, calibration or load_calibration(cluster.card), own, rows, accumulation)
     clocked = layout.pp > 1 and program is None and cluster.card.name != "CPU"

@@ -121,6 +121,8 @@ def _summed_once(job: Job) -> bool:
 
 def _idle(job: Job, stage: StageMemory) -> int:
     """Sharded gradients that are not there at the peak."""
+    if job.recipe.train.optimizer_in_backward:
+        return 0
     here = 0 if _summed_once(job) else stage.peak.parts.get("gradients", 0)
     return max(0, stage.states.gradients - here)
 
@@ -266,13 +268,13 @@ class _Walk:
         already), and the running layer has its gradients and what it computes again."""
         device = 0 if self.job.states_in_host else 1
         own = {group.layer: device * group_states(self.job, group).gradients for group in self.groups}
-        waiting = everything
+        waiting, at_once = everything, self.job.recipe.train.optimizer_in_backward
         come = device * sum_states(self.job, self.outer).gradients if self.stage.head else 0
         best: Moment | None = None
         kinds = [self.job.kinds[layer] for layer in sorted(self.stage.layers, reverse=True)]
         reducing = self._reducing()
         for at, kind in enumerate(kinds):
-            come_now, waiting_now = come, waiting
+            come_now, waiting_now = 0 if at_once else come, waiting
             waiting, come = waiting - (0 if self.job.activations_in_host else held[kind]), come + own[kind]
             if 0 < at < len(kinds) - 1 and kinds[at - 1] == kind == kinds[at + 1]:
                 continue  # between equal layers both change evenly: the most is at an end
@@ -373,8 +375,13 @@ class _Walk:
 
     def _optimizer(self) -> Moment:
         """States and gradients, and what an optimizer that is not fused copies."""
-        parts = self._base(gradients=True)
-        work = self.states.gradients // max(1, self.program.gradient) * self.program.optimizer_work
+        if self.job.recipe.train.optimizer_in_backward:  # the largest update is the first or the last one
+            states = [sum_states(self.job, [item]) for item in self.outer]
+            gradients = max((state.gradients for state in states), default=0)
+            parts = self._base(gradients=False) | {"gradients": gradients}
+        else:
+            gradients, parts = self.states.gradients, self._base(gradients=True)
+        work = gradients // max(1, self.program.gradient) * self.program.optimizer_work
         return Moment("optimizer", parts | ({"optimizer's copies": work} if work else {}))
 
     def _evaluation(self) -> Moment:

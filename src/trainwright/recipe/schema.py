@@ -47,6 +47,16 @@ class Recipe(Section):
         if self.task == "pretrain" and self.evaluation.generate:
             raise ValueError("evaluation.generate asks questions, which pretrain data has not: set it to 0")
         parallel = self.parallel
+        if self.train.optimizer_in_backward:
+            split = next(
+                (f"{axis}={getattr(parallel, axis)}" for axis in ("tp", "pp") if getattr(parallel, axis) > 1), None
+            )
+            where = split or (f"offload={parallel.offload}" if parallel.offload in ("optimizer", "all") else None)
+            if where:
+                raise ValueError(
+                    f"train.optimizer_in_backward=true, and parallel.{where} completes or moves gradients after the "
+                    "backward pass: leave one of them out"
+                )
         if self.data.seq_len % (parallel.cp * 2) and parallel.cp > 1:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} does not split over parallel.cp={parallel.cp} balanced ranks: "

@@ -38,6 +38,9 @@ class TrainRecipe(Section):
     )
     master_weights: bool = Field(True, description="float32 weights and optimizer states beside bf16/fp16 compute")
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on GPUs")
+    optimizer_in_backward: bool = Field(
+        False, description="update each layer once its gradients are there, and free them; needs max_grad_norm=0"
+    )
     cuda_graph: bool = Field(False, description="record a pass and replay it: for rows of up to about 2048 tokens")
     loss_chunk: int = Field(0, ge=0, description="tokens whose logits exist at once; 0 chooses")
     seed: int = Field(0, ge=0, lt=2**63, description="weights, data order, dropout")
@@ -60,12 +63,27 @@ class TrainRecipe(Section):
                 "train.micro_batch_size=auto keeps train.global_batch_size, which is not set: "
                 "set it to the rows of one optimizer step"
             )
+        if self.optimizer_in_backward:
+            self._check_in_backward()
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"train.min_learning_rate={self.min_learning_rate} is above "
                 f"train.learning_rate={self.learning_rate}: lower it"
             )
         return self
+
+    def _check_in_backward(self) -> None:
+        """What needs all gradients at once, or passes that are replayed."""
+        why = {
+            "max_grad_norm=0": self.max_grad_norm > 0 and "clipping needs the norm of all gradients first",
+            "precision=bf16": self.precision == "fp16" and "a loss scale that is too large shows at the end of a pass",
+            "cuda_graph=false": self.cuda_graph and "a recorded pass has no updates in it",
+            "gradient_accumulation_steps=1": (self.gradient_accumulation_steps or 1) > 1
+            and "gradients of several passes add up",
+        }
+        for fix, reason in why.items():
+            if reason:
+                raise ValueError(f"train.optimizer_in_backward=true, and {reason}: set train.{fix}, or leave it out")
 
 
 class EvaluationRecipe(Section):

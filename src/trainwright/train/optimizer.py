@@ -96,10 +96,12 @@ def build_optimizer(
     eps: float,
     weight_decay: float,
     fused: bool | None = None,
+    by_layer: bool = False,
 ) -> Optimizers:
     """The optimizer `name` over what `model` trains; weight decay on matrices, never on norms and biases.
 
-    `fused=None` takes the fused kernel where the device has one.
+    `fused=None` takes the fused kernel where the device has one. by_layer: parts of their own for each layer, and for
+    each weight outside of layers.
     """
     trained = {key: tensor for key, tensor in model.named_parameters() if tensor.requires_grad}
     if not trained:
@@ -107,21 +109,29 @@ def build_optimizer(
     if fused is None:
         fused = all(tensor.device.type in FUSED_DEVICES and tensor.is_floating_point() for tensor in trained.values())
     adamw: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps, "fused": fused}
-    parts: list[Optimizer]
-    if name == "adamw":
-        parts = [torch.optim.AdamW(_groups(trained, weight_decay), **adamw)]
-    elif name == "sgd":
-        sharded = any(hasattr(tensor, "device_mesh") for tensor in trained.values())  # DTensor has no fused SGD
-        parts = [torch.optim.SGD(_groups(trained, weight_decay), lr=0.0, fused=fused and not sharded)]
-    elif name == "adafactor":
-        parts = [Adafactor(_groups(trained, weight_decay))]
-    elif name == "adamw8bit":
-        parts = [AdamW8bit(_groups(trained, weight_decay), betas=betas, eps=eps)]
-    elif name == "lion":
-        parts = [Lion(_groups(trained, weight_decay), betas=betas)]
-    else:
-        parts = _muon(trained, betas[0], weight_decay, adamw)
+    taken: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in trained.items():
+        place = ".".join(key.split(".")[:2]) if key.startswith("layers.") else key
+        taken.setdefault(place if by_layer else "", {})[key] = tensor
+    parts = [part for some in taken.values() for part in _parts(some, name, adamw, weight_decay)]
     return Optimizers(parts, {tensor: key for key, tensor in trained.items()})
+
+
+def _parts(trained: Mapping[str, Tensor], name: str, adamw: dict[str, Any], weight_decay: float) -> list[Optimizer]:
+    """Torch's optimizers over these weights, each by its name in the model; adamw: the settings of torch's AdamW."""
+    groups, betas = _groups(trained, weight_decay), adamw["betas"]
+    if name == "adamw":
+        return [torch.optim.AdamW(groups, **adamw)]
+    if name == "sgd":
+        sharded = any(hasattr(tensor, "device_mesh") for tensor in trained.values())  # DTensor has no fused SGD
+        return [torch.optim.SGD(groups, lr=0.0, fused=adamw["fused"] and not sharded)]
+    if name == "adafactor":
+        return [Adafactor(groups)]
+    if name == "adamw8bit":
+        return [AdamW8bit(groups, betas=betas, eps=adamw["eps"])]
+    if name == "lion":
+        return [Lion(groups, betas=betas)]
+    return _muon(trained, betas[0], weight_decay, adamw)
 
 
 def _groups(trained: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:

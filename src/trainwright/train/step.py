@@ -26,6 +26,7 @@ from trainwright.parallel.mesh import World
 from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.shard import begin_micro_batch, grad_norm
 from trainwright.train.graph import GraphedPasses
+from trainwright.train.in_backward import InBackward
 from trainwright.train.optimizer import Optimizers
 
 IGNORED = -100  # a label that is not trained
@@ -33,7 +34,8 @@ IGNORED = -100  # a label that is not trained
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `finite` is False when it was refused: then nothing was updated."""
+    """What one step did. `finite` is False when it was refused: then nothing was updated, or, by updates within the
+    backward pass, only layers whose own gradients were finite."""
 
     loss: float
     grad_norm: float
@@ -86,8 +88,10 @@ class TrainStep:
         max_grad_norm: float,
         loss_scale: LossScale,
         graphs: GraphedPasses | None = None,
+        in_backward: InBackward | None = None,
     ) -> None:
         self.graphs = graphs
+        self.in_backward = in_backward
         self.model = model
         self.optimizers = optimizers
         self.world = world
@@ -99,15 +103,19 @@ class TrainStep:
         counts = upload(count_tokens(batches, stop_asked).to(widest_float(self.world.device)), self.world.device)
         layout = self.world.layout
         counts = self.world.sum(counts, copies=layout.row_copies)
+        self.optimizers.set_learning_rate(rate)
+        if self.in_backward is not None:
+            self.in_backward.begin()
         loss_sum = self.world.sum(self._accumulate(batches, counts[0].clamp(min=1)), copies=layout.token_copies)
         tp = self.world.axis("tp")
         if tp is not None:
             sum_partial_gradients(self.model.model if isinstance(self.model, Pipeline) else self.model, tp)
-        norm = self._grad_norm() / self.loss_scale.value
+        norm = self.in_backward.finish() if self.in_backward else self._grad_norm() / self.loss_scale.value
         bad = 1 - (loss_sum.isfinite() & norm.isfinite()).float()
         report = torch.cat([counts, torch.stack([loss_sum, norm.to(counts.dtype), bad.to(counts.dtype)])])
-        self.optimizers.set_learning_rate(rate)
-        if self.optimizers.guards_itself:  # the update is queued before the host waits; the kernel refuses NaN itself
+        if self.in_backward is not None:
+            supervised, tokens, stop, loss, grad_norm, refused = report.tolist()
+        elif self.optimizers.guards_itself:  # the update is queued before the host waits; the kernel refuses NaN itself
             self.optimizers.step(self._coefficient(norm), bad)
             supervised, tokens, stop, loss, grad_norm, refused = report.tolist()
         else:

@@ -26,7 +26,7 @@ from trainwright.model.kernels.flash import SERVED
 from trainwright.model.kernels.flash import activate as newest_flash
 from trainwright.parallel.layout import check_model
 from trainwright.parallel.mesh import join_world
-from trainwright.parallel.split import check_micro_batches
+from trainwright.parallel.split import check_micro_batches, check_one_pass
 from trainwright.parallel.stages import without_twins
 from trainwright.parallel.watch import begin_watch
 from trainwright.parallel.whole import WholeWeights
@@ -45,6 +45,7 @@ from trainwright.train.checkpoint import Checkpoint, Checkpoints, SaveError, lis
 from trainwright.train.evaluate import HeldOut, Interrupted
 from trainwright.train.export import export_model, stop_ids
 from trainwright.train.graph import GraphedPasses, check_graph
+from trainwright.train.in_backward import InBackward
 from trainwright.train.journal import Journal
 from trainwright.train.nonfinite import NonFinite, account, find_nonfinite
 from trainwright.train.optimizer import build_optimizer
@@ -135,6 +136,7 @@ class Trainer:
         self.rows = 0 if recipe.data.streaming else len(data.train)  # a stream's length is not known
         size, accumulation = micro_batches(recipe.train, world.layout)
         check_micro_batches(recipe.parallel.pp_schedule, world.layout.pp, accumulation)
+        check_one_pass(recipe.train.optimizer_in_backward, accumulation)
         self.loader = Loader(
             data.train,
             micro_batch_size=size,
@@ -168,6 +170,7 @@ class Trainer:
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
+            by_layer=settings.optimizer_in_backward,
         )
         self.loss_scale = LossScale(settings.precision == "fp16")
         self.take_step = TrainStep(
@@ -177,6 +180,7 @@ class Trainer:
             max_grad_norm=settings.max_grad_norm,
             loss_scale=self.loss_scale,
             graphs=GraphedPasses(self.optimizers.parameters) if settings.cuda_graph else None,
+            in_backward=InBackward(self.optimizers, self.world) if settings.optimizer_in_backward else None,
         )
         repeated = self.plan.speed.repeated
         self.costs = build_costs(self.recipe, self.sources.config, self.model, self.world, repeated)
