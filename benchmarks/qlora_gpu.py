@@ -69,6 +69,12 @@ OURS: dict[str, dict[str, dict[str, Any]]] = {
             "train": {"optimizer": "adamw8bit"}, "cap_gib": 24,
             "parallel": {"recompute": "selective", "recompute_memory": 14.0},
         },
+        "24 GiB, some to the host": {
+            "train": {"optimizer": "adamw8bit"}, "cap_gib": 24,
+            "parallel": {
+                "recompute": "selective", "recompute_memory": 26.0, "offload": "activations", "offload_share": 0.45
+            },
+        },
         "24 GiB, graph": {
             "train": {"optimizer": "adamw8bit", "cuda_graph": True}, "cap_gib": 24,
             "parallel": {"recompute": "selective", "recompute_memory": 13.5},

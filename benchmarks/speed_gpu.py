@@ -55,6 +55,7 @@ TITAN_FP8 = {
 }
 TWICE = "parallel.pp=2 parallel.pp_schedule=interleaved"
 LEAN = "train.optimizer=adamw8bit train.master_weights=false"
+IN_BACKWARD = "train.optimizer_in_backward=true train.max_grad_norm=0"
 ASYNC = {"parallelism.enable_async_tensor_parallel": True}
 TP2 = {"parallelism.tensor_parallel_degree": 2, "training.local_batch_size": 2}
 PP2 = {
@@ -88,7 +89,7 @@ class Row:
     gpus: int | None = None  # else as asked
     layers: int | None = None
     peer: tuple[str, str] = ("llama3", "8B")
-    hf: str = ""
+    hf: tuple[str, ...] = ()
 
 
 def micro(size: int, rows: int | None = None) -> str:
@@ -99,6 +100,11 @@ def micro(size: int, rows: int | None = None) -> str:
 def budget(gib: int) -> str:
     """Words: of what layers would keep, so much."""
     return f"parallel.recompute=selective parallel.recompute_memory={gib}"
+
+
+def away(share: float) -> str:
+    """Words: of the layers, so many keep theirs in host memory."""
+    return f"parallel.offload=activations parallel.offload_share={share}"
 
 
 # Seconds in the comments: the whole row on four H200, both sides, compiled for the first time.
@@ -199,11 +205,18 @@ ROWS: dict[str, Row] = {
     # 150
     "1gpu": Row(
         {
-            "8 bit AdamW, selective": f"{LEAN} parallel.recompute=selective parallel.recompute_memory=12 {micro(1)}",
-            "8 bit AdamW, full recompute": f"{LEAN} parallel.recompute=full {micro(1)}",
+            "8 bit AdamW, selective": f"{LEAN} {budget(12)} {micro(1)}",
+            "8 bit AdamW, selective, half to the host": f"{LEAN} {budget(20)} {away(0.5)} {micro(1)}",
+            "8 bit AdamW in backward, no clipping, selective, half to the host":
+            f"{LEAN} {IN_BACKWARD} {budget(22)} {away(0.55)} {micro(1)}",
+            "8 bit AdamW in backward, no clipping, full recompute":
+            f"{LEAN} {IN_BACKWARD} parallel.recompute=full {micro(1)}",
         },
         gpus=1,
-        hf="transformers + Liger, 8 bit AdamW, full recompute",
+        hf=(
+            "transformers + Liger, 8 bit AdamW, full recompute",
+            "transformers + Liger, 8 bit AdamW, no clipping, full recompute",
+        ),
     ),
     # not measured with four micro batches
     "llama2": Row(
@@ -296,12 +309,13 @@ def titan(row: Row, settings: dict[str, Any], options: argparse.Namespace) -> di
     }
 
 
-def transformers(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+def transformers(row: Row, who: str, options: argparse.Namespace) -> dict[str, Any]:
     """What `peers/hf_full.py` reads."""
     warm, measured = steps_of(row, options)
     layers = {"num_hidden_layers": options.layers} if options.layers else {}
     keys = SMALL if options.small else {**LLAMA3_KEYS, **layers}
-    return {"keys": keys, "seq_len": 128 if options.small else row.seq_len, "warm": warm, "steps": warm + measured}
+    length, clip = 128 if options.small else row.seq_len, "no clipping" not in who
+    return {"keys": keys, "seq_len": length, "warm": warm, "steps": warm + measured, "clip": clip}
 
 
 def steps_of(row: Row, options: argparse.Namespace) -> tuple[int, int]:
@@ -412,8 +426,9 @@ def lines(options: argparse.Namespace) -> Iterator[tuple[str, str, str, list[str
         for who, settings in peers.items() if "titan" in options.sides else ():
             if asked(who):
                 yield name, "titan", who, [str(HERE / "peers" / "titan.py")], titan(row, settings, options), row
-        if row.hf and "titan" in options.sides and asked(row.hf):
-            yield name, "peer", row.hf, [str(HERE / "peers" / "hf_full.py")], transformers(row, options), row
+        for who in row.hf if "titan" in options.sides else ():
+            if asked(who):
+                yield name, "peer", who, [str(HERE / "peers" / "hf_full.py")], transformers(row, who, options), row
         for who, words in fitting(row, options).items() if "ours" in options.sides else ():
             if asked(who):
                 yield name, "ours", who, [__file__, "--worker"], ours(row, words, options), row

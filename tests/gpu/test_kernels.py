@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.model.attention_cases import MASKS, run
-from trainwright.model.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
+from trainwright.model.kernels.cross_entropy import VocabShard, linear_cross_entropy, linear_cross_entropy_plain
 from trainwright.model.kernels.grouped import grouped_linear, has_grouped_mm
 
 pytestmark = [
@@ -63,15 +63,35 @@ def test_grouped_linear(counts: list[int]) -> None:
         assert (one.float() - two.float()).abs().max() / two.float().abs().max() < 1e-2
 
 
+def test_slices_of_a_vocabulary_are_the_whole() -> None:
+    """Sums of two slices together, and each slice's gradient by them."""
+    from trainwright.model.kernels import triton_cross_entropy
+
+    torch.manual_seed(0)
+    logits, labels = torch.randn(300, 50001, device="cuda") * 3, torch.randint(0, 50001, (300,), device="cuda")
+    expected, loss = triton_cross_entropy.softmax_gradient(logits, labels, torch.float32)
+    cuts, parts = (slice(0, 20001), slice(20001, 50001)), []
+    for cut in cuts:
+        inside = (labels >= cut.start) & (labels < cut.stop)
+        parts.append((logits[:, cut].contiguous(), torch.where(inside, labels - cut.start, -1)))
+    sums = torch.stack([triton_cross_entropy.slice_sums(*part) for part in parts])
+    whole = (sums[:, 0] + sums[:, 1].log()).logsumexp(0)
+    found = torch.cat([triton_cross_entropy.slice_gradient(*part, whole, torch.float32) for part in parts], 1)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(whole - sums[:, 2].sum(0), loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("chunk", [0, 300])
-def test_cross_entropy(chunk: int) -> None:
+def test_cross_entropy(chunk: int, split: bool) -> None:
     """In chunks the head's gradient is a sum that one product after the other is added to, in place."""
     torch.manual_seed(0)
     x = torch.randn(2, 700, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(50000, 256, device="cuda") * 0.1).bfloat16().requires_grad_()
     labels = torch.randint(0, 50000, (2, 700), device="cuda")
     labels[:, ::3] = -100
-    given = linear_cross_entropy(x, weight, labels, chunk=chunk)
+    alone = VocabShard(0, 50000, reduce_max=lambda _: None, reduce_sum=lambda _: None) if split else None
+    given = linear_cross_entropy(x, weight, labels, shard=alone, chunk=chunk)
     ours = torch.autograd.grad(given, (x, weight))
     wide_x, wide_w = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
     expected = linear_cross_entropy_plain(wide_x, wide_w, labels)

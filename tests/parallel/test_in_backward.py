@@ -1,4 +1,4 @@
-"""Updates within the backward pass: the weights, losses and norms of updates after it, in every layout that has them."""
+"""Updates within the backward pass: weights, losses and norms of updates after it, in every layout that has them."""
 
 import pytest
 import torch
@@ -58,7 +58,9 @@ def trained(case, optimizer, in_backward):
     """Three steps: losses, norms, weights, states."""
     it = Trained(case, optimizer, in_backward)
     results = [it.take(micro_batches(case, step, it.take.world.data_rank), 1e-2) for step in range(3)]
-    states = {name: getattr(state, "full_tensor", state.clone)() for name, state in it.optimizers.state_tensors().items()}
+    states = {
+        name: getattr(state, "full_tensor", state.clone)() for name, state in it.optimizers.state_tensors().items()
+    }
     return [(r.loss, r.grad_norm, r.finite) for r in results], it.weights(), states
 
 
@@ -145,5 +147,5 @@ def test_a_pass_outside_of_a_step_changes_nothing():
 
 def test_several_passes_a_step_are_refused():
     check_one_pass(True, 1)
-    with pytest.raises(UserError, match="a step has 4: use train.gradient_accumulation_steps=1"):
+    with pytest.raises(UserError, match=r"a step has 4: use train\.gradient_accumulation_steps=1"):
         check_one_pass(True, 4)

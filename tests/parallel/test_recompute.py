@@ -15,6 +15,7 @@ from trainwright.model.transformer import Transformer
 from trainwright.parallel import offload, recompute
 from trainwright.parallel.offload import apply_offload
 from trainwright.parallel.recompute import GIB, KEPT, PRODUCTS, Budget, apply_recompute
+from trainwright.parallel.split import away_layers
 
 
 def build(name: str = "llama") -> Transformer:
@@ -142,6 +143,23 @@ def test_offload_leaves_weights_and_the_last_layer(monkeypatch):
     layers = list(model.layers.values())
     assert {id(layer) for layer, _ in sent} == {id(layer) for layer in layers[:-1]}
     assert host.bytes == sum(tensor.nbytes for _, tensor in sent)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, [0, 1, 2, 3, 4]), (0.5, [1, 3]), (2 / 3, [1, 2, 4]), (0.1, [])])
+def test_a_share_of_the_layers_goes_evenly_spread(share, expected):
+    assert away_layers(6, share) == expected
+
+
+def test_only_that_share_travels_and_nothing_changes(monkeypatch):
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+    expected, sent = gradients(build()), {}
+    for share in (0.5, 1.0):
+        model = build()
+        host = apply_offload(model.layers.values(), torch.device("cpu"), share)
+        found = gradients(model)
+        assert all(torch.equal(grad, expected[key]) for key, grad in found.items())
+        sent[share] = host.bytes
+    assert 0 < sent[0.5] < sent[1.0]
 
 
 class Noisy(nn.Module):

@@ -100,7 +100,7 @@ def parallelize(
         layers = list((stage.layers or {}).values())
         _recompute_and_compile(layers, recipe, _kept_memory(stage, stages, recipe, pp), compile_layers)
         if recipe.offload in ("activations", "all"):
-            apply_offload(layers, world.device)
+            apply_offload(layers, world.device, recipe.offload_share)
         if world.meshes:
             # Beside adapters the base is in the compute type or in codes already, and adapters cast themselves.
             adapted = config != without_adapters(config)

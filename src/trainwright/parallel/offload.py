@@ -17,18 +17,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from trainwright.parallel.split import away_layers
+
 MIN_BYTES = 2**16
 """Smaller tensors stay: their copies cost more than their room."""
 
 
-def apply_offload(layers: Iterable[nn.Module], device: torch.device) -> Host:
-    """Makes every layer but the last keep what its backward pass needs in host memory, in place.
+def apply_offload(layers: Iterable[nn.Module], device: torch.device, share: float = 1.0) -> Host:
+    """Makes this share of the layers, evenly spread, keep what their backward pass needs in host memory, in place.
 
-    The last layer's backward pass comes at once. Call it after recompute was applied, so that it sees what is kept.
+    The last layer's backward pass comes at once, so it never does. Call it after recompute was applied, so that it sees
+    what is kept.
     """
     host = Host(device)
     layers = list(layers)
-    for number, layer in enumerate(layers[:-1]):
+    away = [layers[number] for number in away_layers(len(layers), share)]
+    for number, layer in enumerate(away):
         layer.forward = _Away(layer, layer.forward, host, first=number == 0)
     return host
 

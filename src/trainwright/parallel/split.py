@@ -94,6 +94,12 @@ def check_micro_batches(schedule: Schedule, pp: int, count: int) -> None:
         )
 
 
+def away_layers(count: int, share: float) -> list[int]:
+    """Which of `count` layers keep their activations in host memory: this share of them, evenly spread; never the last,
+    whose backward pass comes at once."""
+    return [number for number in range(count - 1) if int((number + 1) * share + 1e-9) > int(number * share + 1e-9)]
+
+
 def check_one_pass(in_backward: bool, accumulation: int) -> None:
     """Raises UserError where updates within the backward pass meet several passes a step."""
     if in_backward and accumulation > 1:

@@ -67,6 +67,21 @@ def kept_levels(job: Job, stage: Stage, layer: int) -> tuple[int, int] | None:
     return whole, several
 
 
+def mean_held(job: Job, stage: Stage, layer: int) -> int:
+    """Bytes that a layer keeps for its backward pass, in the mean of those of its kind; with `offload` some of them in
+    host memory."""
+    activations, memory = kind_activations(job, layer), job.recipe.parallel.recompute_memory
+    held = activations.held(job.recompute)
+    if job.recompute != "selective" or memory is None:
+        return held
+    layers, levels = len(stage.layers), kept_levels(job, stage, layer)
+    if levels is None:  # operation by operation, as far as it goes
+        return min(held, activations.entry + int(memory * GIB / stage.sharers / layers))
+    whole, several = levels
+    kept = whole * activations.results + (several - whole) * activations.attention_results
+    return min(held, activations.entry + kept // layers)
+
+
 def layer_activations(job: Job, layer: int) -> LayerActivations:
     """Counts one layer. Layers that are equal in shape and in what is trained give equal counts."""
     block, path = job.block(layer), f"layers.{layer}"

@@ -186,6 +186,11 @@ class Job:
     def activations_in_host(self) -> bool:
         return self.recipe.parallel.offload in ("activations", "all")
 
+    @property
+    def away(self) -> float:
+        """The share of layers whose activations wait in host memory."""
+        return self.recipe.parallel.offload_share if self.activations_in_host else 0.0
+
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """One a pipeline rank."""

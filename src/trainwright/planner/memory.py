@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from trainwright.parallel.layout import shared_bytes
-from trainwright.planner.activations import kept_levels, kind_activations
+from trainwright.planner.activations import kept_levels, kind_activations, mean_held
 from trainwright.planner.hardware import GIB
 from trainwright.planner.job import Job, Stage
 from trainwright.planner.program import HEAD_SLICE, HEAD_TILE, chunk_tokens
@@ -250,10 +250,10 @@ class _Walk:
 
     def _pass(self, in_flight: float, gradients: Parts) -> list[Moment]:
         """The moments of a micro batch that comes back while `in_flight` are kept."""
-        held = {group.layer: self._held(group.layer) for group in self.groups}
+        held = {group.layer: mean_held(self.job, self.stage, group.layer) for group in self.groups}
         kept = sum(group.count * held[group.layer] for group in self.groups)
         if self.job.activations_in_host:  # the last layer's stay, or one layer's are there and the next one's come
-            kept = min(kept, 2 * max(held.values(), default=0))
+            kept = min(kept, int(kept * (1 - self.job.away)) + 2 * max(held.values(), default=0))
         base = self._base(gradients=False) | gradients
         everything = int(in_flight * kept) + self._outer_kept()
         loss = self._loss() if self.stage.head else {}
@@ -275,7 +275,7 @@ class _Walk:
         reducing = self._reducing()
         for at, kind in enumerate(kinds):
             come_now, waiting_now = 0 if at_once else come, waiting
-            waiting, come = waiting - (0 if self.job.activations_in_host else held[kind]), come + own[kind]
+            waiting, come = waiting - int(held[kind] * (1 - self.job.away)), come + own[kind]
             if 0 < at < len(kinds) - 1 and kinds[at - 1] == kind == kinds[at + 1]:
                 continue  # between equal layers both change evenly: the most is at an end
             activations = self.activations[kind]
@@ -295,22 +295,9 @@ class _Walk:
         """What the layer that comes back first keeps: the one of the highest level."""
         kept, levels = self.activations[layer], kept_levels(self.job, self.stage, layer)
         if levels is None:
-            return self._held(layer)
+            return mean_held(self.job, self.stage, layer)
         whole, several = levels
         return kept.entry + (kept.results if whole else kept.attention_results if several else 0)
-
-    def _held(self, layer: int) -> int:
-        """What a layer keeps for its backward pass on the device, in the mean of those of its kind."""
-        activations, parallel = self.activations[layer], self.job.recipe.parallel
-        held = activations.held(self.job.recompute)
-        if self.job.recompute != "selective" or parallel.recompute_memory is None:
-            return held
-        layers, levels = len(self.stage.layers), kept_levels(self.job, self.stage, layer)
-        if levels is None:  # operation by operation, as far as it goes
-            return min(held, activations.entry + int(parallel.recompute_memory * GIB / self.stage.sharers / layers))
-        whole, several = levels
-        kept = whole * activations.results + (several - whole) * activations.attention_results
-        return min(held, activations.entry + kept // layers)
 
     def _outer_kept(self) -> int:
         """Token ids, labels, positions, rotary tables."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from trainwright.planner.activations import kept_levels, kind_activations
+from trainwright.planner.activations import kept_levels, mean_held
 from trainwright.planner.collectives import Wires
 from trainwright.planner.hardware import GIGA, TERA
 from trainwright.planner.job import Job, LayerGroup, Stage
@@ -206,7 +206,7 @@ class _StageTime:
         job = self.job
         if not job.activations_in_host:
             return 0.0
-        one = kind_activations(job, layer).held(job.recompute) / (job.cluster.card.host_link * GIGA)
+        one = job.away * mean_held(job, self.stage, layer) / (job.cluster.card.host_link * GIGA)
         return max(0.0, one - work.forward) + max(0.0, one - work.backward)
 
     def _again(self, work: Work, layer: int) -> float:

@@ -38,5 +38,8 @@ class ParallelRecipe(Section):
     offload: Literal["none", "optimizer", "activations", "all"] = Field(
         "none", description="what waits in host memory; optimizer: masters and gradients too, and the update runs there"
     )
+    offload_share: float = Field(
+        1.0, gt=0, le=1, description="activations: this share of the layers, so that the copies hide behind computation"
+    )
     kv_replication: bool = Field(True, description="copy KV heads when tp does not divide them; false refuses")
     timeout_minutes: float = Field(10.0, gt=0, description="a collective that hangs longer ends the run")

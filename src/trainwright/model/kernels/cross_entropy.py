@@ -94,13 +94,27 @@ def _gradient(
     return probabilities.to(dtype), loss_M
 
 
-def _fused(x: Tensor) -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]] | None:
-    """Loss and gradient of a chunk in one kernel, where the device has Triton."""
+def _fused(
+    x: Tensor, shard: VocabShard | None
+) -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]] | None:
+    """Gradient and loss of a chunk by our kernels, where the device has Triton."""
     if not x.is_cuda or not has_triton():
         return None
-    from trainwright.model.kernels.triton_cross_entropy import softmax_gradient
+    from trainwright.model.kernels import triton_cross_entropy
 
-    return softmax_gradient
+    if shard is None:
+        return triton_cross_entropy.softmax_gradient
+
+    def of_slice(logits_MV: Tensor, labels_M: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        highest_M, total_M, target_M = triton_cross_entropy.slice_sums(logits_MV, labels_M)
+        top_M = highest_M.clone()
+        shard.reduce_max(top_M)
+        sums = torch.stack([total_M * (highest_M - top_M).exp_(), target_M])
+        shard.reduce_sum(sums)
+        whole_M = sums[0].log_().add_(top_M)
+        return triton_cross_entropy.slice_gradient(logits_MV, labels_M, whole_M, dtype), whole_M - sums[1]
+
+    return of_slice
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -123,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_MH) if need_x else None
         grad_w = torch.zeros_like(weight_VH, dtype=torch.float32) if need_w else None
         grad_b = torch.zeros(weight_VH.shape[0], dtype=torch.float32, device=x_MH.device) if need_b else None
-        fused = _fused(x_MH) if shard is None and bias_V is None and needed else None
+        fused = _fused(x_MH, shard) if bias_V is None and needed else None
         rows = chunk or chunk_rows(x_MH.shape[0], shard.size if shard else weight_VH.shape[0], x_MH.device.type)
         for begin in range(0, x_MH.shape[0], rows):
             part = slice(begin, begin + rows)

@@ -42,6 +42,54 @@ def _softmax_kernel(logits, labels, grad, loss, columns: tl.constexpr, LEAST: tl
             tl.store(grad + begin + column, p.to(grad.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _sums_kernel(logits, labels, sums, rows, columns: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    logits += row * columns
+    column = tl.arange(0, WIDTH)
+    highest = tl.full([WIDTH], LEAST, dtype=tl.float32)
+    total = tl.zeros([WIDTH], dtype=tl.float32)
+    for begin in range(0, columns, WIDTH):
+        x = tl.load(logits + begin + column, mask=begin + column < columns, other=LEAST)
+        now = tl.maximum(highest, x)
+        total = total * tl.exp(highest - now) + tl.exp(x - now)
+        highest = now
+    top = tl.max(highest, 0)
+    tl.store(sums + row, top)
+    tl.store(sums + rows + row, tl.sum(total * tl.exp(highest - top), 0))
+    tl.store(sums + 2 * rows + row, tl.load(logits + label, mask=label >= 0, other=0.0))
+
+
+@triton.jit
+def _gradient_kernel(logits, labels, whole, grad, columns: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < columns
+    x = tl.load(logits + row * columns + column, mask=inside, other=LEAST)
+    p = tl.exp(x - tl.load(whole + row))
+    p = tl.where(column == tl.load(labels + row), p - 1.0, p)
+    tl.store(grad + row * columns + column, p.to(grad.dtype.element_ty), mask=inside)
+
+
+def slice_sums(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
+    """[3, M] float32 of a slice of the vocabulary: the highest logit, the sum of exponentials of their differences from
+    it, and the label's logit, 0 where the label (below 0) is in another slice."""
+    rows, columns = logits_MV.shape
+    sums_3M = torch.empty(3, rows, device=logits_MV.device)
+    _sums_kernel[(rows,)](logits_MV, labels_M, sums_3M, rows, columns, LEAST=-1e30, WIDTH=4096, num_warps=8)
+    return sums_3M
+
+
+def slice_gradient(logits_MV: Tensor, labels_M: Tensor, whole_M: Tensor, dtype: torch.dtype) -> Tensor:
+    """[M, V]: softmax - one-hot of a slice, where `whole_M` is the log of the sum of all slices' exponentials."""
+    rows, columns = logits_MV.shape
+    grad_MV = torch.empty(rows, columns, dtype=dtype, device=logits_MV.device)
+    grid = (rows, triton.cdiv(columns, 4096))
+    _gradient_kernel[grid](logits_MV, labels_M, whole_M, grad_MV, columns, LEAST=-1e30, WIDTH=4096, num_warps=8)
+    return grad_MV
+
+
 def softmax_gradient(logits_MV: Tensor, labels_M: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(softmax - one-hot of the label in `dtype` [M, V], -log softmax[label] float32 [M]) of float32 logits.
 
