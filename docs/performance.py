@@ -94,7 +94,7 @@ def speed() -> Iterator[str]:
         rows.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
         for line in sorted(lines, key=lambda line: line["row"]):  # stable: each row in the order of its runs
             rate, peer = line["tokens_per_second_per_gpu"], best.get((line["run"], line["row"]))
-            who = ("" if line["side"] == "ours" else "torchtitan: ") + line["who"]
+            who = ("torchtitan: " if line["side"] == "titan" else "") + line["who"]
             ratio = f"{rate / peer:.3f}" if peer and line["side"] == "ours" else ""
             share = rate * flops[line["row"]] / (find_card(results["device"]).peak("bf16") or 1)
             used = f"{share:.1%}" if share else ""
