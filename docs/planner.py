@@ -110,10 +110,12 @@ def _every_row(rows: list[tuple[PublishedRow, Plan]]) -> str:
 # Rows that a figure of the planner was fitted to, beside those whose note says so: the host's time for adapters and for
 # matrices in fewer bits, the share of the matrix units' peak, what a collective takes besides its bytes.
 FITTED = {
+    "000_h200_1": {"QLoRA 512 in 10 GB, nothing twice"},
     "000_h200_4": {"8k on 4 GPUs"},
     "001_h200_4": {"meta-llama/Llama-2-7b"},
     "002_llama2_7b_peft": {"fp16 4 x 64", "int4 4 x 512", "fp16 16 x 512"},
     "planner_qlora_h200_1": {"QLoRA 512, little memory", "int8 8 x 512, 12.6 GB"},
+    "speed_h200_2": {"EP2 x ZeRO-3, 2 rows"},
     "speed_h200_4": {"ZeRO-3, 2 rows, NCCL", "ZeRO-3, 2 rows", "ZeRO-3, 3 rows", "ZeRO-3, tensorwise, 2 rows"},
 }
 HEADS = "row | use | GiB taken: | planned: | error: | step s taken: | planned: | error:"
@@ -147,7 +149,7 @@ def _measured(path: Path) -> tuple[list[Errors], str]:
     lines, errors = [], list[Errors]()
     for row in rows:
         made = _plan(cells[row["name"]], row, calibration, results)
-        memory = made.memory.stages[0].peak.total if results.get("peak_of") == "rank 0" else made.memory.allocated
+        memory = _peak(made, results.get("peak_of"))
         seconds = row.get("step_seconds")
         of_memory, of_time = error(memory / GIB, row.get("peak_memory_gib")), error(made.speed.step_seconds, seconds)
         fitted = row.get("note", "").startswith("calibration") or row["name"] in FITTED.get(path.stem, ())
@@ -160,6 +162,15 @@ def _measured(path: Path) -> tuple[list[Errors], str]:
     return errors, "\n\n".join(part for part in parts if part)
 
 
+def _peak(made: Plan, of: str | None) -> int:
+    """Bytes of what was looked at: the fullest rank of all, "rank 0", or "steps" without building the model."""
+    if of == "rank 0":
+        return made.memory.stages[0].peak.total
+    if of == "steps":
+        return max(moment.total for moment in made.memory.fullest.moments if moment.name != "build")
+    return made.memory.allocated
+
+
 def _speed_table(path: Path) -> tuple[list[Errors], str]:
     """Our lines of a kept result of `benchmarks/speed_gpu.py`."""
     import speed_gpu
@@ -168,7 +179,7 @@ def _speed_table(path: Path) -> tuple[list[Errors], str]:
     options = argparse.Namespace(small=False, layers=None, folder=Path("speed"), profile=False)
     lines, errors = [], list[Errors]()
     for line in results["lines"]:
-        if line["side"] != "ours":
+        if line["side"] != "ours" or line.get("outdated"):
             continue
         recipe = speed_gpu.ours(speed_gpu.ROWS[line["row"]], line["words"], options)["recipe"]
         made = _as_then(plan(load_recipe(recipe), cluster_of(results["device"], line["gpus"])), line)

@@ -68,8 +68,9 @@ class Wires:
         return 2 * self.all_gather(axis, size)
 
     def all_to_all(self, axis: Axis, size: float) -> float:
-        """Seconds until each rank's `size` bytes are spread over all ranks."""
-        return self.all_gather(axis, size)
+        """Seconds until each rank's `size` bytes are spread over all ranks. Sends and receives of pairs reach half of
+        what a ring does: 134 GB/s each way between two H200 (experts' rows, `benchmarks/speed_gpu.py`, row moe2)."""
+        return 2 * self.all_gather(axis, size)
 
     def send(self, axis: Axis, size: float) -> float:
         """Seconds to hand `size` bytes to the next rank."""

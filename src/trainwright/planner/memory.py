@@ -156,7 +156,7 @@ class _Walk:
         self.device = "cpu" if job.cluster.card.name == "CPU" else "gpu"
 
     def run(self) -> StageMemory:
-        moments = [*self._step(), *self._gather(), self._optimizer(), self._evaluation(), self._save()]
+        moments = [*self._step(), *self._gather(), self._optimizer(), self._evaluation(), self._save(), *self._build()]
         return StageMemory(self.stage, self.states, tuple(moments))
 
     def _whole(self, *, trained: bool = False) -> int:
@@ -359,6 +359,17 @@ class _Walk:
         buffer = max([whole_bytes(job, self.outer), *sizes])
         parts = self._base(gradients=False) | self._accumulated() | self._gathered(backward=True)
         return [Moment("gather", parts | {"gather buffer": buffer})]
+
+    def _build(self) -> list[Moment]:
+        """Random weights: each is drawn whole in float32 on every rank (`model/init.py`); one in fewer bits is there
+        twice more in its own, its rows and all of them together (`kernels/quantized.py`)."""
+        if self.job.recipe.model.path is not None or self.program.name != "trainwright" or self.job.states_in_host:
+            return []
+        items = [item for group in self.groups for item in group.parameters] + list(self.outer)
+        packed = {"nf4": 1, "int8": 2, "fp8": 2}
+        sizes = [item.numel * (4 + (packed[item.quantization.kind] if item.quantization else 0)) for item in items]
+        parts = self._base(gradients=False) | {"optimizer": 0, "drawn weights": max(sizes, default=0)}
+        return [Moment("build", {name: size for name, size in parts.items() if size})]
 
     def _optimizer(self) -> Moment:
         """States and gradients, and what an optimizer that is not fused copies."""

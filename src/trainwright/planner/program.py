@@ -216,14 +216,14 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         # Compiled layers fuse norms, rotation, activation and residuals into a few passes (`benchmarks/floor.py`).
         stream_traffic=(50.0 if compiled else 540.0) * compute / 2,
         inner_traffic=(18.0 if compiled else 50.0) * compute / 2,
-        logits_traffic=34.0 if cpu or recipe.parallel.tp > 1 else 18.0,
+        logits_traffic=34.0 if cpu else 18.0,
         head_traffic=12.0 if cpu and compute != 4 else 8.0,
         # `triton_quantized.py` reaches 2.5 to 3.5 TB/s of an H200's 4.3; `triton_adamw8bit.py` looks 18 numbers up for
         # each parameter: 3 ms for 168 million of them by count, not measured yet.
         unpack_passes=1.0 if cpu else 1.3,
-        optimizer_seconds=0.02 if train.optimizer == "adamw8bit" and not cpu else 0.0,
+        optimizer_seconds=0.0 if cpu else {"adamw8bit": 0.02, "adamw": 0.003}.get(train.optimizer, 0.0),
         kernels=_host_work(recipe, world_size, compiled),
-        adapter_kernels=0 if train.cuda_graph else 250,
+        adapter_kernels=0 if train.cuda_graph else 230,
         packed_kernels=0 if train.cuda_graph else 90,
         reducing_layers=0.0 if cpu else 1.0,
         workspace_gib=0.0 if cpu else 0.03,

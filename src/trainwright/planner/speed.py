@@ -16,6 +16,9 @@ from trainwright.planner.job import Job, LayerGroup, Stage
 from trainwright.planner.states import group_bytes, group_elements, stage_states, whole_bytes, whole_elements
 from trainwright.planner.work import Work, head_work, kind_work, kv_width
 
+EXPERTS_COUNTED, EXPERTS_UNEVEN = 1.7e-3, 0.15
+"""Seconds of a layer in which the device stands, since the host asks how many rows come; and what the rank with the
+fullest experts takes longer than the mean, as a share. Both from the row moe2 of `benchmarks/speed_gpu.py`."""
 COPIED = 0.3
 """What is left of collectives' contention where copy engines move shards: 33 ms less of 46 (docs/decisions.md)."""
 
@@ -192,6 +195,9 @@ class _StageTime:
         device = backward + again + inner_backward + parts["gradients added up"] + back
         parts["host"] = waits + max(0.0, work.host[1] + started_again - device)
         parts["activations' travel"] = inner_forward + inner_backward
+        if self.job.layout.ep > 1 and "experts" in parts:
+            uneven = parts["experts"] + parts["activation"] + inner_forward + inner_backward
+            parts["waiting for experts"] = EXPERTS_COUNTED + EXPERTS_UNEVEN * uneven
         forward, backward = self._weights_travel(size, trained)
         shown, slowed = 0.0, 0.0
         for travel, compute in ((forward, work.forward), (backward, work.backward + again)):
