@@ -233,7 +233,7 @@ def _experts(job: Job, roofline: Roofline, work: Work, part: MoeConfig, path: st
     _linear(job, roofline, work, "router", part.gate, f"{path}.gate", job.tokens, 1.0, True)
     inner = rows * part.experts.intermediate_size / tp * job.program.inner_traffic
     # In readings or writings of all rows at the memory's full rate, measured on two H200 (row moe2): gathers
-    # 11, the weighed sum and its gradient 10, copies 13, and each sum of a token's rows 15, whose kernel is far from it.
+    # 11, weighed sum and its gradient 10, copies 13, each sum of a token's rows 15, whose kernel is far from it.
     # Four of the gathers put rows in another order where they arrive, and back.
     sorting = (49 if job.layout.ep > 1 else 39) * rows * hidden * job.program.compute
     moved = roofline.move(inner + sorting)
