@@ -30,9 +30,11 @@ from trainwright.model.config import (
     NormConfig,
     RopeConfig,
 )
+from trainwright.model.kernels import quantized
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.apply import DTYPES, parallelize
 from trainwright.parallel.layout import Layout
+from trainwright.planner import memory
 from trainwright.planner.build import build_job
 from trainwright.planner.hardware import Cluster, cpu_card
 from trainwright.planner.memory import MemoryPlan, plan_memory
@@ -195,3 +197,22 @@ def test_peak_of_a_step_in_a_layout(how, vocab):
     for index, stage in enumerate(planned(config, how).stages):
         fullest = max(found[index * ranks : (index + 1) * ranks])
         assert stage.peak.total == pytest.approx(fullest, rel=0.05)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8", "fp8"])
+@pytest.mark.parametrize("at_once", [1 << 24, 1 << 18])
+def test_peak_of_building_random_weights(quantize, at_once, monkeypatch):
+    """The head is the largest tensor: whole in float32, and its own rounding, beside all that is there already."""
+    assert quantized._ROWS_NUMEL == memory.ROUNDED_AT_ONCE
+    monkeypatch.setattr(quantized, "_ROWS_NUMEL", at_once)
+    monkeypatch.setattr(memory, "ROUNDED_AT_ONCE", at_once)
+    config, how = add_adapters(add_quantization(model("llama", 8192), quantize, tables=quantize), Lora(8, 16.0)), How()
+    with torch.device("meta"):
+        network = Transformer(config)
+    freeze_base(network)
+    network.to(torch.bfloat16).to_empty(device="cpu")
+    network.tie_weights()
+    with Alive([tensor.detach() for tensor in (*network.parameters(), *network.buffers())]) as alive:
+        network.init_weights(1)
+    moments = {moment.name: moment.total for moment in planned(config, how, adapter={"rank": 8}).fullest.moments}
+    assert moments["build"] == pytest.approx(alive.peak, rel=0.05)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from trainwright.model.config import Quantization
 from trainwright.parallel.layout import shared_bytes
 from trainwright.planner.activations import kept_levels, kind_activations, mean_held
 from trainwright.planner.hardware import GIB
 from trainwright.planner.job import Job, Stage
-from trainwright.planner.program import HEAD_SLICE, HEAD_TILE, chunk_tokens
+from trainwright.planner.program import HEAD_SLICE, HEAD_TILE, ROUNDED_AT_ONCE, chunk_tokens
 from trainwright.planner.states import (
     States,
     group_bytes,
@@ -142,6 +143,14 @@ def communicator_count(job: Job) -> int:
     inner = [size for size in (layout.cp, layout.ep) if 1 < size < job.shards]
     whole = 0 if layout.world_size in own.values() else 1  # the group of all processes is there anyway
     return len(own) + len(inner) + whole
+
+
+def _rounding(numel: int, format_: Quantization | None) -> int:
+    """Bytes beside a whole float32 tensor while it is rounded."""
+    if format_ is None:
+        return 0
+    result, work = {"nf4": (0.5625, 8.5), "int8": (1.0, 7.0), "fp8": (1.0, 4.0)}[format_.kind]
+    return int(result * numel + max(result * numel, work * min(numel, ROUNDED_AT_ONCE)))
 
 
 class _Walk:
@@ -361,13 +370,12 @@ class _Walk:
         return [Moment("gather", parts | {"gather buffer": buffer})]
 
     def _build(self) -> list[Moment]:
-        """Random weights: each is drawn whole in float32 on every rank (`model/init.py`); one in fewer bits is there
-        twice more in its own, its rows and all of them together (`kernels/quantized.py`)."""
+        """Random weights: each is drawn whole in float32 on every rank (`model/init.py`), and rounded some rows at a
+        time, with what that takes, or all rows' results stand beside their parts (`kernels/quantized.py`)."""
         if self.job.recipe.model.path is not None or self.program.name != "trainwright" or self.job.states_in_host:
             return []
         items = [item for group in self.groups for item in group.parameters] + list(self.outer)
-        packed = {"nf4": 1, "int8": 2, "fp8": 2}
-        sizes = [item.numel * (4 + (packed[item.quantization.kind] if item.quantization else 0)) for item in items]
+        sizes = [4 * item.numel + _rounding(item.numel, item.quantization) for item in items]
         parts = self._base(gradients=False) | {"optimizer": 0, "drawn weights": max(sizes, default=0)}
         return [Moment("build", {name: size for name, size in parts.items() if size})]
 

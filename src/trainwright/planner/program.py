@@ -170,6 +170,7 @@ class Program:
 LOGIT_CHUNK_BYTES = {"cpu": 96 << 20, "gpu": 512 << 20}
 # A head in fewer bits takes slices of its rows, and as many tokens as give so many logits (`adapt/head.py`).
 HEAD_SLICE, HEAD_TILE = 4096, 1 << 24
+ROUNDED_AT_ONCE = 1 << 24  # numbers, `kernels/quantized.py`
 
 
 def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
