@@ -12,7 +12,7 @@ from trainwright.cli import app
 from trainwright.errors import UserError
 from trainwright.planner.calibration import load_calibration, read_calibration, write_calibration
 from trainwright.planner.hardware import GIB, Cluster, card_named, cluster_of
-from trainwright.planner.plan import changed, largest_micro_batch, plan
+from trainwright.planner.plan import changed, find_changes, largest_micro_batch, plan
 from trainwright.planner.search import search
 from trainwright.recipe.load import load_recipe
 
@@ -322,6 +322,18 @@ def test_a_processor_has_no_other_memory_to_wait_in():
     assert not made.fits
     assert made.advice
     assert not any("offload" in change.what for change in made.advice)
+
+
+def test_gradients_that_do_not_stay_and_layers_that_go_to_the_host_are_advised():
+    lean = ("train.optimizer=adamw8bit", "train.master_weights=false", "parallel.recompute=full")
+    one_pass = ("train.global_batch_size=null", "train.gradient_accumulation_steps=1")
+    found = find_changes(plan(recipe(*lean, *one_pass), cluster_of("A100-40", 1)), limit=20)
+    (gradients,) = [change for change in found if "optimizer_in_backward" in change.what]
+    assert gradients.what == "train.optimizer_in_backward=true train.max_grad_norm=0.0"
+    assert not gradients.same_result
+    full = plan(recipe(*one_pass), cluster_of("H100", 2))
+    best = max(find_changes(full), key=lambda change: (change.same_result, change.speed))
+    assert best.what == "parallel.offload=activations parallel.offload_share=0.5"
 
 
 def test_no_advice_for_what_fits():

@@ -201,6 +201,7 @@ def _candidates(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
             if layout.dp_shard % factor == 0 and degree <= (job.cluster.gpus_per_node if axis == "tp" else 64):
                 keep.append({f"parallel.{axis}": degree, "train.global_batch_size": job.global_batch})
     if parallel.offload == "none" and job.cluster.card.name != "CPU":  # whose memory is the host's
+        keep.append({"parallel.offload": "activations", "parallel.offload_share": 0.5})
         keep += [{"parallel.offload": what} for what in ("activations", "optimizer", "all")]
     other: list[dict[str, Any]] = []
     for factor in (2, 4, 8, 16):
@@ -212,6 +213,8 @@ def _candidates(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
         other += [{"train.optimizer": name} for name in ("adamw8bit", "adafactor")]
     if recipe.train.master_weights and recipe.train.precision != "fp32" and recipe.adapter is None:
         other.append({"train.master_weights": False})
+    if recipe.adapter is None and not recipe.train.optimizer_in_backward:  # what clipping would have changed
+        other.append({"train.optimizer_in_backward": True, "train.max_grad_norm": 0.0})
     if recipe.adapter is None and recipe.task == "sft":
         other += [{"adapter": {"rank": 16}}, {"adapter": {"rank": 16}, "quantize": "nf4"}]
     elif recipe.adapter is not None and recipe.quantize != "nf4":
