@@ -402,13 +402,26 @@ def test_torchtitan(files):
     assert set(lost) == {"activation_checkpoint.selective_ac_option", "model.converters"}
 
 
+OLD = '[model]\nflavor = "8B"\nname = "llama3"\n[training]\nbatch_size = 2\nsteps = 9\n[parallelism]\n'
+
+
 def test_torchtitan_global_batch_is_the_ranks_own_where_it_is_not_said(files):
-    text = '[model]\nflavor = "8B"\nname = "llama3"\n[training]\nbatch_size = 2\nsteps = 9\n[parallelism]\n'
-    recipe, lost = files("old.toml", text + "context_parallel_degree = 2\n")
+    recipe, lost = files("old.toml", OLD + "context_parallel_degree = 2\n")
     assert rows_of_a_step(recipe, 8) == 2 * 4  # local batch x data ranks; pairs share a row
     assert (recipe.model.config, recipe.train.warmup) == ("meta-llama/Meta-Llama-3-8B", 9)
     assert (recipe.parallel.zero, recipe.parallel.recompute) == (3, "selective")
     assert "model.tokenizer_path" in lost  # it names none
+
+
+def test_torchtitan_updates_in_the_backward_pass(files):
+    early = TITAN.replace("beta2 = 0.98", "beta2 = 0.98\nearly_step_in_backward = true")
+    recipe, lost = files("run.toml", early, gpus=16)
+    assert not recipe.train.optimizer_in_backward
+    assert "optimizer.early_step_in_backward" in lost  # beside tp and pp
+    alone = OLD + "context_parallel_degree = 2\n[optimizer]\nearly_step_in_backward = true\n"
+    recipe, lost = files("alone.toml", alone)
+    assert (recipe.train.optimizer_in_backward, recipe.train.max_grad_norm) == (True, 0.0)
+    assert "optimizer.early_step_in_backward" not in lost
 
 
 def test_torchtitan_decay_gives_way_to_the_warmup(files):

@@ -54,7 +54,6 @@ IGNORED: dict[str, Ignored] = {
         model.print_after_conversion fault_tolerance.process_group fault_tolerance.replica_id
         fault_tolerance.group_size fault_tolerance.min_replica_size validation.seq_len validation.local_batch_size
     """),
-    **unless("the optimizer steps after the backward pass", False, keys="optimizer.early_step_in_backward"),
     **unless(
         "parallel.pp_layers lists the layers of each stage",
         0,
@@ -105,6 +104,7 @@ def read(reading: Reading) -> None:
     _read_optimizer(reading)
     stages = _read_parallel(reading)
     _read_batch(reading, stages)
+    _read_early_step(reading)
     _read_recompute(reading)
     _read_checkpoint(reading)
     reading.put("tracking.log_every", reading.whole("metrics.log_freq", 10))
@@ -266,6 +266,19 @@ def _read_batch(reading: Reading, stages: int) -> None:
         reading.put("train.global_batch_size", total)
     else:
         reading.put("train.gradient_accumulation_steps", local // micro)
+
+
+def _read_early_step(reading: Reading) -> None:
+    """Updates in the backward pass: there, too, nothing is left to clip then."""
+    if not reading.flag("optimizer.early_step_in_backward"):
+        return
+    parallel, train = reading.recipe.get("parallel", {}), reading.recipe["train"]
+    several = train.get("gradient_accumulation_steps", 1) > 1 or parallel.get("offload") is not None
+    if several or parallel["tp"] > 1 or parallel["pp"] > 1:
+        reading.drop("optimizer.early_step_in_backward", True, "with tp, pp, offload or several passes it comes after")
+        return
+    reading.put("train.optimizer_in_backward", True)
+    reading.put("train.max_grad_norm", 0.0)
 
 
 def _read_recompute(reading: Reading) -> None:
