@@ -62,20 +62,22 @@ def test_runs_of_the_speed_table_are_kept_one_after_the_other(script, tmp_path):
     script.RESULTS.mkdir()
     kept, given = script.RESULTS / "speed_x.json", tmp_path / "out.json"
     kept.write_text(
-        json.dumps({"title": "A table", "device": "H200", "torch": "2.11", "lines": [line(1, "peer", 500)]})
+        json.dumps({"title": "A table", "device": "H200", "torch": "2.11", "lines": [line(1, "titan", 500)]})
     )
     ours = {**line(0, "ours", 1100), "causal_flops_per_token": 9.895e11, "kernels": [[1.0, 1, "k"]]}
     given.write_text(
-        json.dumps([line(0, "peer", 1000), ours, {"row": "bf16", "side": "ours", "who": "x", "error": "y"}])
+        json.dumps([line(0, "titan", 1000), ours, {"row": "bf16", "side": "ours", "who": "x", "error": "y"}])
     )
     assert script.keep_speed(given, "speed_x") == kept
     lines = json.loads(kept.read_text())["lines"]
-    assert [(each["run"], each["side"]) for each in lines] == [(1, "peer"), (2, "peer"), (2, "ours")]
+    assert [(each["run"], each["side"]) for each in lines] == [(1, "titan"), (2, "titan"), (2, "ours")]
     assert not any("kernels" in each for each in lines)
     page = script.page(script.PAGE.read_text())
     assert "A table, torch 2.11:\n\n| row | run |" in page
     assert "| bf16 | 2 | who | 1,100 | 1.100 | 110.0% | 2.000 | 3.0 |" in page
     assert "| bf16 | 1 | torchtitan: who | 500 |  | 50.0% | 2.000 | 3.0 |" in page
+    kept.write_text(json.dumps({"title": "B", "device": "H200", "torch": "2.11", "lines": [line(1, "peer", 500)]}))
+    assert "| bf16 | 1 | who | 500 |  |" in script.page(script.PAGE.read_text())  # another peer's name says whose it is
 
 
 def line(run: int, side: str, rate: float) -> dict[str, Any]:
