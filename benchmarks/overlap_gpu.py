@@ -39,12 +39,10 @@ class Alone(overlap.Exchange):
 
 def one_pass(x: Tensor, inner: Tensor, mixed: Tensor, weights: dict[str, Tensor], group: str) -> None:
     """Both parts of a layer, forward and backward."""
-    entered = overlap.gather_products_op(x, [weights["q"], weights["k"], weights["v"]], group)
-    left = overlap.product_scatter_op(mixed, weights["o"], group)
-    torch.autograd.backward([*entered, left], [one.detach() for one in (*entered, left)])
-    entered = overlap.gather_products_op(x, [weights["gate"], weights["up"]], group)
-    left = overlap.product_scatter_op(inner, weights["down"], group)
-    torch.autograd.backward([*entered, left], [one.detach() for one in (*entered, left)])
+    for first, last, between in ((("q", "k", "v"), "o", mixed), (("gate", "up"), "down", inner)):
+        entered = overlap.gather_products_op(x, [weights[name] for name in first], group)
+        left = overlap.product_scatter_op(between, weights[last], group)
+        torch.autograd.backward([*entered, left], [one.detach() for one in (*entered, left)])
     for leaf in (x, inner, mixed, *weights.values()):
         leaf.grad = None
 

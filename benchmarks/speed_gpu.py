@@ -92,6 +92,9 @@ class Row:
     hf: tuple[str, ...] = ()
 
 
+QWEN: dict[str, Any] = {"model": MOE, "seq_len": 4096, "layers": 8, "peer": ("qwen3", "30B-A3B")}
+
+
 def micro(size: int, rows: int | None = None) -> str:
     """Words: rows in a micro batch, and micro batches in a step (1)."""
     return f"train.micro_batch_size={size} train.gradient_accumulation_steps={rows or 1}"
@@ -232,10 +235,7 @@ ROWS: dict[str, Row] = {
     "moe": Row(
         {"EP4 x ZeRO-3, 2 rows": f"parallel.ep=4 {micro(2)}"},
         {"EP4 x FSDP, 2 rows": EP4},
-        model=MOE,
-        seq_len=4096,
-        layers=8,
-        peer=("qwen3", "30B-A3B"),
+        **QWEN,
     ),
     # the same two where there are no four GPUs
     "tp2": Row(
@@ -250,11 +250,8 @@ ROWS: dict[str, Row] = {
     "moe2": Row(
         {"EP2 x ZeRO-3, 2 rows": f"parallel.ep=2 {micro(2)}"},
         {"EP2 x FSDP, 2 rows": EP2},
-        model=MOE,
-        seq_len=4096,
-        layers=8,
         gpus=2,
-        peer=("qwen3", "30B-A3B"),
+        **QWEN,
     ),
 }  # fmt: skip
 

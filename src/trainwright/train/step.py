@@ -113,15 +113,12 @@ class TrainStep:
         norm = self.in_backward.finish() if self.in_backward else self._grad_norm() / self.loss_scale.value
         bad = 1 - (loss_sum.isfinite() & norm.isfinite()).float()
         report = torch.cat([counts, torch.stack([loss_sum, norm.to(counts.dtype), bad.to(counts.dtype)])])
-        if self.in_backward is not None:
-            supervised, tokens, stop, loss, grad_norm, refused = report.tolist()
-        elif self.optimizers.guards_itself:  # the update is queued before the host waits; the kernel refuses NaN itself
+        after = self.in_backward is None
+        if after and self.optimizers.guards_itself:  # queued before the host waits; the kernel refuses NaN itself
             self.optimizers.step(self._coefficient(norm), bad)
-            supervised, tokens, stop, loss, grad_norm, refused = report.tolist()
-        else:
-            supervised, tokens, stop, loss, grad_norm, refused = report.tolist()
-            if not refused:
-                self.optimizers.step(self._coefficient(norm), bad)
+        supervised, tokens, stop, loss, grad_norm, refused = report.tolist()
+        if after and not self.optimizers.guards_itself and not refused:
+            self.optimizers.step(self._coefficient(norm), bad)
         self.optimizers.zero_grad()
         return StepResult(
             loss=loss / max(supervised, 1),

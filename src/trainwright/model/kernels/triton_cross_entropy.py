@@ -12,6 +12,21 @@ from torch import Tensor
 
 
 @triton.jit
+def _top_and_total(logits, columns: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr):
+    """The highest of a row, and the sum of the exponentials of all differences from it."""
+    column = tl.arange(0, WIDTH)
+    highest = tl.full([WIDTH], LEAST, dtype=tl.float32)
+    total = tl.zeros([WIDTH], dtype=tl.float32)
+    for begin in range(0, columns, WIDTH):
+        x = tl.load(logits + begin + column, mask=begin + column < columns, other=LEAST)
+        now = tl.maximum(highest, x)
+        total = total * tl.exp(highest - now) + tl.exp(x - now)
+        highest = now
+    top = tl.max(highest, 0)
+    return top, tl.sum(total * tl.exp(highest - top), 0)
+
+
+@triton.jit
 def _softmax_kernel(logits, labels, grad, loss, columns: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
@@ -24,15 +39,8 @@ def _softmax_kernel(logits, labels, grad, loss, columns: tl.constexpr, LEAST: tl
             nothing = tl.zeros([WIDTH], dtype=tl.float32).to(grad.dtype.element_ty)
             tl.store(grad + begin + column, nothing, mask=begin + column < columns)
     else:
-        highest = tl.full([WIDTH], LEAST, dtype=tl.float32)
-        total = tl.zeros([WIDTH], dtype=tl.float32)
-        for begin in range(0, columns, WIDTH):
-            x = tl.load(logits + begin + column, mask=begin + column < columns, other=LEAST)
-            now = tl.maximum(highest, x)
-            total = total * tl.exp(highest - now) + tl.exp(x - now)
-            highest = now
-        top = tl.max(highest, 0)
-        whole = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+        top, total = _top_and_total(logits, columns, LEAST, WIDTH)
+        whole = top + tl.log(total)
         tl.store(loss + row, whole - tl.load(logits + label))
         for begin in range(0, columns, WIDTH):
             inside = begin + column < columns
@@ -47,17 +55,9 @@ def _sums_kernel(logits, labels, sums, rows, columns: tl.constexpr, LEAST: tl.co
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     logits += row * columns
-    column = tl.arange(0, WIDTH)
-    highest = tl.full([WIDTH], LEAST, dtype=tl.float32)
-    total = tl.zeros([WIDTH], dtype=tl.float32)
-    for begin in range(0, columns, WIDTH):
-        x = tl.load(logits + begin + column, mask=begin + column < columns, other=LEAST)
-        now = tl.maximum(highest, x)
-        total = total * tl.exp(highest - now) + tl.exp(x - now)
-        highest = now
-    top = tl.max(highest, 0)
+    top, total = _top_and_total(logits, columns, LEAST, WIDTH)
     tl.store(sums + row, top)
-    tl.store(sums + rows + row, tl.sum(total * tl.exp(highest - top), 0))
+    tl.store(sums + rows + row, total)
     tl.store(sums + 2 * rows + row, tl.load(logits + label, mask=label >= 0, other=0.0))
 
 
