@@ -162,6 +162,30 @@ def test_only_that_share_travels_and_nothing_changes(monkeypatch):
     assert 0 < sent[0.5] < sent[1.0]
 
 
+def test_what_was_sent_is_let_go_a_layer_later_and_called_back_a_layer_early(monkeypatch):
+    """The next layer runs while one is copied out, the next in the backward pass while one is copied back. When that
+    pass begins, nothing is on its way out any more, and the last layer that travelled is on its way back."""
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+    model, told = Transformer(models.llama(5)).init_weights(3).train(), []
+    layers = list(model.layers.values())
+    for name in ("let_go", "fetch", "_send"):
+        real = getattr(offload.Trip, name)
+
+        def spy(trip, *args, name=name, real=real):
+            event = (name, layers.index(trip.layer))
+            if event not in told:
+                told.append(event)
+            return real(trip, *args)
+
+        monkeypatch.setattr(offload.Trip, name, spy)
+    apply_offload(layers, torch.device("cpu"))
+    gradients(model)
+    assert told == [
+        *(("_send", 0), ("_send", 1), ("let_go", 0), ("_send", 2), ("let_go", 1), ("_send", 3)),
+        *(("let_go", 2), ("let_go", 3), ("fetch", 3), ("fetch", 2), ("fetch", 1), ("fetch", 0)),
+    ]
+
+
 class Noisy(nn.Module):
     """A layer whose backward pass needs its own dropout again."""
 

@@ -3,11 +3,17 @@
 Owns which tensors travel, the two copy streams and the order of their return: when a layer's backward pass begins, the
 tensors of the layer before it are already on their way. With full recompute what travels is each layer's input, which
 is how rows of a million tokens fit. Weights stay where they are; optimizer states in host memory are `shard.py`'s.
+
+All device memory is the computing stream's, so that torch's allocator can lend it again at once: what was sent is let
+go when that stream waits for its copy, one travelling layer later, and what returns is written by the copy stream into
+memory that the computing stream took. Memory that two streams share (`record_stream`) would stay taken until the host
+happens to look.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +40,8 @@ def apply_offload(layers: Iterable[nn.Module], device: torch.device, share: floa
     away = [layers[number] for number in away_layers(len(layers), share)]
     for number, layer in enumerate(away):
         layer.forward = _Away(layer, layer.forward, host, first=number == 0)
+    if away:
+        layers[-1].forward = _Last(layers[-1].forward, host)
     return host
 
 
@@ -48,9 +56,27 @@ class _Away:
             return self.inner(*args, **kwargs)
         trip = self.host.begin(self.layer, self.first)
         with torch.autograd.graph.saved_tensors_hooks(trip.pack, trip.unpack):
-            result = self.inner(*args, **kwargs)
-        trip.sources.clear()
+            return self.inner(*args, **kwargs)
+
+
+class _Last:
+    """The last layer's forward: when its backward pass begins, what the layers before it sent is let go, and the last
+    of it called back."""
+
+    def __init__(self, inner: Any, host: Host) -> None:
+        self.inner, self.host = inner, host
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.inner(*args, **kwargs)
+        stream, latest = result[0], self.host.latest
+        if stream.requires_grad and latest is not None:
+            stream.register_hook(lambda _: self._turn(latest))
         return result
+
+    def _turn(self, latest: weakref.ref[Trip]) -> None:
+        self.host.let_go()
+        if (trip := latest()) is not None:
+            trip.fetch()
 
 
 class Host:
@@ -62,7 +88,8 @@ class Host:
         self.out = torch.Stream(device=device) if streams else None
         self.back = torch.Stream(device=device) if streams else None
         self.bytes = 0  # that have travelled
-        self._latest: weakref.ref[Trip] | None = None
+        self.latest: weakref.ref[Trip] | None = None
+        self._leaving: deque[Trip] = deque()
         self._regathers: dict[nn.Module, bool] = {}
 
     def regathers(self, layer: nn.Module) -> bool:
@@ -73,10 +100,17 @@ class Host:
 
     def begin(self, layer: nn.Module, first: bool) -> Trip:
         """The saved tensors of one layer in one forward pass, linked to those of the layer before."""
-        before = self._latest() if self._latest is not None and not first else None
+        self.let_go(all_but=1)
+        before = self.latest() if self.latest is not None and not first else None
         trip = Trip(self, layer, before)
-        self._latest = weakref.ref(trip)
+        self.latest = weakref.ref(trip)
+        self._leaving.append(trip)
         return trip
+
+    def let_go(self, all_but: int = 0) -> None:
+        """Lets go what was sent, but for that of the latest layers; the computing stream waits for the copies."""
+        while len(self._leaving) > all_but:
+            self._leaving.popleft().let_go()
 
 
 @dataclass
@@ -88,6 +122,14 @@ class _Held:
     back: Tensor | None = None
     arrived: Any = None
 
+    def wait(self) -> None:
+        """The computing stream waits for the copy back. Also where nobody asked for it: its memory is taken again."""
+        if self.arrived is not None and self.back is not None:
+            torch.accelerator.current_stream(self.back.device).wait_event(self.arrived)
+            self.arrived = None
+
+    __del__ = wait
+
 
 class Trip:
     """What one layer saved in one forward pass."""
@@ -96,7 +138,8 @@ class Trip:
         self.host, self.layer, self.before = host, layer, before
         self.held: dict[tuple[Any, ...], _Held] = {}
         self.weights: set[int] = set()
-        # While the layer runs, what was sent stays: else its memory could come again with another tensor of one key.
+        # What was sent stays while it is copied, and while the layer runs: its memory could come again, with another
+        # tensor of the same key.
         self.sources: list[Tensor] = []
         self.fetched = False
 
@@ -129,8 +172,7 @@ class Trip:
             self.before.fetch()
             self.before = None
         assert packed.back is not None
-        if packed.arrived is not None:
-            torch.accelerator.current_stream(self.host.device).wait_event(packed.arrived)
+        packed.wait()
         return packed.back
 
     def _send(self, tensor: Tensor) -> _Held:
@@ -141,22 +183,35 @@ class Trip:
         self.host.out.wait_stream(torch.accelerator.current_stream(self.host.device))
         with self.host.out:
             there.copy_(tensor, non_blocking=True)
-            gone = self.host.out.record_event()
-        tensor.record_stream(self.host.out)  # the allocator keeps the memory until the copy is done
-        return _Held(there, gone)
+            return _Held(there, self.host.out.record_event())
+
+    def let_go(self) -> None:
+        """Frees what was sent, in the computing stream's order."""
+        if self.host.out is not None and self.held:
+            last = next(reversed(self.held.values()))  # one stream copies all, in this order
+            torch.accelerator.current_stream(self.host.device).wait_event(last.gone)
+        self.sources.clear()
 
     def fetch(self) -> None:
         """Starts all copies back, once."""
         if self.fetched:
             return
         self.fetched = True
-        for held in self.held.values():
-            if self.host.back is None:
+        if self.host.back is None:
+            for held in self.held.values():
                 held.back = held.host
-                continue
-            self.host.back.wait_event(held.gone)
-            with self.host.back:
-                held.back = held.host.to(self.host.device, non_blocking=True)
-                held.arrived = self.host.back.record_event()
-            held.back.record_stream(torch.accelerator.current_stream(self.host.device))
+        else:
+            for held in self.held.values():
+                held.back = torch.empty_like(held.host, device=self.host.device)
+            # Now that memory is taken: what the computing stream had there before is still to be computed.
+            self.host.back.wait_stream(torch.accelerator.current_stream(self.host.device))
+            for held in self.held.values():
+                self._bring(held, self.host.back)
         self.held.clear()
+
+    def _bring(self, held: _Held, stream: torch.Stream) -> None:
+        assert held.back is not None
+        stream.wait_event(held.gone)
+        with stream:
+            held.back.copy_(held.host, non_blocking=True)
+            held.arrived = stream.record_event()
