@@ -77,3 +77,24 @@ def test_cross_entropy(card, out):
 
     types = ["*fp32", "*i64", out, "*fp32"]
     assert compiled(_softmax_kernel, types, {"columns": 128256, "LEAST": -1e30, "WIDTH": 4096}, card, 8)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("rows", ["*bf16", "*fp32", "*fp16"])
+def test_sums_of_rows(card, weighted, rows):
+    from trainwright.model.kernels.triton_rows import _sums_kernel
+
+    constants = {"width": 2048, "CHOICES": 8, "WEIGHTED": weighted, "WIDTH": 1024}
+    types = [rows, "*fp32" if weighted else rows, "*i64", rows, "i32"]
+    assert compiled(_sums_kernel, types, constants, card)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("rows", ["*bf16", "*fp32", "*fp16"])
+def test_gradients_of_a_mix_of_rows(card, rows):
+    from trainwright.model.kernels.triton_rows import _mix_gradients_kernel
+
+    constants = {"width": 2048, "CHOICES": 8, "TILE": 8, "WIDTH": 512}
+    types = [rows, rows, "*fp32", "*i64", rows, "*fp32", "i32"]
+    assert compiled(_mix_gradients_kernel, types, constants, card)

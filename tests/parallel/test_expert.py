@@ -2,52 +2,159 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from tests.parallel import models
+from tests.parallel.test_mutants import replaced
 from tests.parallel.worlds import run, world_of
 from trainwright.model.config import MoeConfig
-from trainwright.model.moe import Moe
-from trainwright.parallel.expert import Journey, by_expert
+from trainwright.model.moe import Experts, Moe
+from trainwright.model.transformer import Transformer
+from trainwright.parallel.apply import parallelize
+from trainwright.parallel.expert import Journey, apply_experts, line_up
 from trainwright.parallel.layout import Layout
+from trainwright.recipe.parallel import ParallelRecipe
+
+EXPERTS, OWN, CHOICES, WIDTH = 8, 2, 3, 4
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 4), st.data())
-def test_rows_are_ordered_by_expert_then_rank(ranks, own, data):
-    counts = [[data.draw(st.integers(0, 4)) for _ in range(own)] for _ in range(ranks)]
-    arrived = [(expert, rank, i) for rank in range(ranks) for expert in range(own) for i in range(counts[rank][expert])]
-    order, places = (index.tolist() for index in by_expert(torch.tensor(counts), len(arrived)))
-    assert [arrived[i] for i in order] == sorted(arrived)
-    assert [order[place] for place in places] == list(range(len(arrived)))
+@given(st.integers(0, 6), st.integers(1, 4), st.data())
+def test_rows_stand_in_line_by_rank_then_token(tokens, ranks, data):
+    reach = [[data.draw(st.booleans()) for _ in range(ranks)] for _ in range(tokens)]
+    order, places = line_up(torch.tensor(reach, dtype=torch.bool).view(tokens, ranks))
+    line = [(rank, token) for rank in range(ranks) for token in range(tokens) if reach[token][rank]]
+    assert [(number % ranks, number // ranks) for number in order[: len(line)].tolist()] == line
+    for token in range(tokens):
+        for rank in range(ranks):
+            place = places[token, rank].item()
+            assert line[int(place)] == (rank, token) if reach[token][rank] else place >= len(line)
 
 
-def journey(skewed: bool) -> bool:
-    """Every row comes back to its place from the expert that it was sent to: expert e multiplies by e + 1."""
+def choose(tokens: int, kind: str, generator: torch.Generator) -> Tensor:
+    """[tokens, CHOICES], distinct experts. few: only of the first three, so that half of the ranks get nothing;
+    together: all of a token's choices are on one rank where that is possible (two of them, and one more)."""
+    likely = torch.rand(tokens, EXPERTS, generator=generator)
+    if kind == "few":
+        likely[:, CHOICES:] = -1
+    if kind == "together":
+        likely += 2 * (torch.arange(EXPERTS) // OWN == torch.arange(tokens)[:, None] % 4)
+    return likely.topk(CHOICES).indices
+
+
+def journey(kind: str) -> int:
+    """Each token's sum and gradients are those of its own experts, wherever they are: expert e multiplies by e + 1.
+    Returns how many rows arrived here for one that had to."""
     world = world_of(Layout(world_size=4, ep=4))
     mesh = world.axis("ep")
     assert mesh is not None
-    first = 2 * mesh.get_local_rank()
+    first, seen = OWN * mesh.get_local_rank(), []
 
-    def experts(x_MH: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        number = torch.arange(first, first + 2).repeat_interleave(counts)
-        return x_MH * (number + 1)[:, None]
+    def experts(x_NH: Tensor, weights_NC: Tensor, chosen_NC: Tensor, choices: int) -> Tensor:
+        here_NC = chosen_NC < OWN
+        assert here_NC.sum() == choices
+        assert here_NC.any(1).all()
+        assert not weights_NC[~here_NC].any()
+        assert (chosen_NC <= OWN).all()
+        seen.append(x_NH)
+        return x_NH * (weights_NC * here_NC * (first + chosen_NC + 1)).sum(1, keepdim=True)
 
     generator = torch.Generator().manual_seed(world.rank)
-    chosen = torch.randint(0, 3 if skewed else 8, (5 * (1 + world.rank),), generator=generator).sort().values
-    x = torch.randn(len(chosen), 4, generator=generator, requires_grad=True)
-    out = Journey(experts, mesh.get_group())(x, torch.bincount(chosen, minlength=8))
-    out.sum().backward()
-    expected = (chosen + 1)[:, None].expand_as(x)
-    assert x.grad is not None
-    return torch.equal(out, x * expected) and torch.equal(x.grad, expected.float())
+    tokens = 5 * world.rank  # the first rank has none
+    chosen = choose(tokens, kind, generator)
+    x = torch.randn(tokens, WIDTH, generator=generator, requires_grad=True)
+    weights = torch.rand(tokens, CHOICES, generator=generator).requires_grad_()
+    upper = torch.randn(tokens, WIDTH, generator=generator)
+    out = Journey(experts, mesh.get_group(), OWN)(x, weights, chosen)
+    out.backward(upper)
+    factor = (weights.detach() * (chosen + 1)).sum(1, keepdim=True)
+    torch.testing.assert_close(out, x * factor)
+    torch.testing.assert_close(x.grad, upper * factor)
+    torch.testing.assert_close(weights.grad, (chosen + 1) * (upper * x.detach()).sum(1, keepdim=True))
+
+    # Once to each rank that has any of its experts: all ranks' choices can be drawn again here.
+    expected = []
+    for rank in range(4):
+        generator = torch.Generator().manual_seed(rank)
+        theirs = choose(5 * rank, kind, generator)
+        sent = torch.randn(len(theirs), WIDTH, generator=generator)
+        expected.append(sent[(theirs // OWN == mesh.get_local_rank()).any(1)])
+    assert torch.equal(seen[0], torch.cat(expected))
+    return len(seen[0])
 
 
-def test_rows_come_back_to_their_places():
-    """Also where some experts get none: choices among the first three reach two ranks of four."""
-    assert run(4, journey, False) == [True] * 4
-    assert run(4, journey, True) == [True] * 4
+@pytest.mark.parametrize("kind", ["any", "few", "together"])
+def test_a_row_goes_once_to_each_rank_and_comes_back_as_a_sum(kind):
+    rows = run(4, journey, kind)
+    if kind == "few":
+        assert rows == [30, 30, 0, 0]
+    else:
+        assert 30 < sum(rows) < 30 * CHOICES
+
+
+def lonely(layout: Layout) -> dict[str, float]:
+    """How far a layer is, in its output and gradients, from one process's where only the first rank's experts are
+    chosen, and the others get no row at all."""
+    torch.manual_seed(0)
+    whole = Moe(MoeConfig.of(8, 12, 4, 2, "silu"))
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        whole.gate.weight[2:, 0] = -50.0
+    spread = copy.deepcopy(whole)
+    world = world_of(layout)
+    apply_experts(spread, world.meshes["ep_tp"])  # type: ignore[arg-type]
+    every, upper = torch.randn(layout.ep, 1, 6, 8), torch.randn(layout.ep, 1, 6, 8)
+    every[..., 0] = 1.0
+    x, every = every[world.rank].requires_grad_(), every.clone().requires_grad_()
+    out, _ = spread(x)
+    out.backward(upper[world.rank])
+    (expected, statistics) = whole(every.flatten(0, 1))
+    assert statistics[1, 2:].tolist() == [0, 0]
+    expected.backward(upper.flatten(0, 1))
+    pairs = {"out": (out, expected[world.rank][None]), "x": (x.grad, every.grad[world.rank])}  # type: ignore[index]
+    for name, parameter in spread.experts.named_parameters():
+        pairs[name] = parameter.grad.full_tensor(), whole.experts.get_parameter(name).grad  # type: ignore[union-attr]
+    return {name: float((ours - theirs).abs().max()) for name, (ours, theirs) in pairs.items()}
+
+
+def test_a_rank_whose_experts_nobody_chose():
+    for apart in run(2, lonely, Layout(world_size=2, ep=2)):
+        assert len(apart) == 5
+        assert max(apart.values()) < 1e-5, apart
+
+
+def types(tp: int) -> list[Any]:
+    """What a rank's experts are given in a layer that computes in bf16, and what their weights' gradient is."""
+    seen: list[Any] = []
+    real = Experts.forward
+
+    def forward(self: Experts, x: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+        weights.register_hook(lambda grad: seen.append(grad.dtype))
+        seen.extend([x.dtype, weights.dtype, torch.equal(weights, weights.bfloat16())])
+        return real(self, x, weights, *rest)
+
+    world = world_of(Layout(world_size=2 * tp, ep=2, tp=tp))
+    with replaced(Experts, "forward", forward):
+        model = Transformer(models.build("mixtral", 2))  # one layer with experts
+        model.init_weights(3)
+        parallelize(model, world, ParallelRecipe(ep=2, tp=tp), precision="bf16", compile_layers=False, seq_len=32)
+        batch = models.batches(1, 1, 32, seed=world.rank // tp)[0]
+        model(**models.inputs(batch, "mixtral")).loss_sum.backward()
+    return seen
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_weights_of_the_sums_stay_float32(tp):
+    for seen in run(2 * tp, types, tp):
+        assert seen == [torch.bfloat16, torch.float32, False, torch.float32]
 
 
 def test_nothing_is_dropped():

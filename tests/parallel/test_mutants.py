@@ -106,9 +106,52 @@ def forgotten_statistics() -> Any:
     return replaced(pipeline._StageCall, "before", before)
 
 
-def experts_in_order_of_arrival() -> Any:
-    """Rows are not sorted by expert after the journey."""
-    return replaced(expert, "by_expert", lambda come, rows: (torch.arange(rows), torch.arange(rows)))
+def sums_in_line_by_token() -> Any:
+    """What comes back is taken as if it stood by token and then rank."""
+
+    def line_up(reach_MR: Tensor) -> tuple[Tensor, Tensor]:
+        places_MR = (reach_MR.flatten().cumsum(0) - 1).view_as(reach_MR)
+        return real(reach_MR)[0], torch.where(reach_MR, places_MR, reach_MR.numel())
+
+    real = expert.line_up
+    return replaced(expert, "line_up", line_up)
+
+
+def one_rank_of_experts() -> Any:
+    """A token's row goes to the first of its experts' ranks only."""
+
+    def line_up(reach_MR: Tensor) -> tuple[Tensor, Tensor]:
+        return real(reach_MR & (reach_MR.cumsum(1) == 1))
+
+    real = expert.line_up
+
+    def announce(self: Any, mine_MRC: Tensor) -> Any:
+        first_MR1 = mine_MRC.any(-1).cumsum(1)[..., None] == 1
+        return real_announce(self, mine_MRC & first_MR1)
+
+    real_announce = expert.Journey._announce
+    stack = contextlib.ExitStack()
+    stack.enter_context(replaced(expert, "line_up", line_up))
+    stack.enter_context(replaced(expert.Journey, "_announce", announce))
+    return stack
+
+
+def experts_without_gradients_of_weights() -> Any:
+    """The gradients of a choice's weight do not come back from the experts' rank."""
+    real = expert.Journey._letters
+    return replaced(expert.Journey, "_letters", lambda *args: real(*args).detach())
+
+
+def own_experts_weights_only() -> Any:
+    """They come back from this rank's own experts, not from others."""
+
+    def letters(self: Any, mine_MRC: Tensor, weights_MC: Tensor, chosen_MC: Tensor) -> Tensor:
+        found = real(self, mine_MRC, weights_MC, chosen_MC)
+        own = torch.arange(self.group.size())[:, None] == self.group.rank()
+        return torch.where(own, found, found.detach())
+
+    real = expert.Journey._letters
+    return replaced(expert.Journey, "_letters", letters)
 
 
 def scattered_without_a_sum() -> Any:
@@ -143,6 +186,7 @@ def broken(case: Case, mutant: Callable[[], Any]) -> Trace:
 
 RING = (("cp_method", "ring"),)
 ULYSSES = (("cp_method", "ulysses"),)
+EP = Case("mixtral", Layout(world_size=2, ep=2))
 MUTANTS = [
     (local_positions, Case("llama", Layout(world_size=2, cp=2), ULYSSES)),
     (local_positions, Case("banded", Layout(world_size=2, cp=2), RING)),
@@ -153,7 +197,10 @@ MUTANTS = [
     (untied, Case("bloom", Layout(world_size=2, pp=2))),
     (untied, Case("bloom", Layout(world_size=2, pp=2), (("pp_schedule", "zbv"),))),
     (forgotten_statistics, Case("mixtral", Layout(world_size=2, pp=2))),
-    (experts_in_order_of_arrival, Case("mixtral", Layout(world_size=2, ep=2))),
+    (sums_in_line_by_token, EP),
+    (one_rank_of_experts, EP),
+    (experts_without_gradients_of_weights, EP),
+    (own_experts_weights_only, EP),
     (scattered_without_a_sum, Case("llama", Layout(world_size=2, tp=2), (("async_tp", True),))),
     (gathered_from_nobody, Case("llama", Layout(world_size=2, tp=2), (("async_tp", True),))),
     (mean_of_means, Case("llama", Layout(world_size=2))),

@@ -1,18 +1,22 @@
 """What a layer keeps for its backward pass: predicted bytes equal those of the tensors that autograd really keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from tests.parallel.models import MODELS
 from tests.parallel.parity import Case
-from tests.planner.real import job_of, tree
+from tests.parallel.worlds import run, world_of
+from tests.planner.real import job_of, local, tree
 from tests.planner.test_states import FAMILIES
 from trainwright.adapt.lora import Lora, add_adapters
 from trainwright.adapt.setup import freeze_base, start_adapters
-from trainwright.model.config import ModelConfig
+from trainwright.model.config import ModelConfig, MoeConfig
 from trainwright.model.linear import Linear
 from trainwright.model.transformer import Transformer
+from trainwright.parallel.expert import apply_experts
 from trainwright.parallel.layout import Layout
 from trainwright.planner.activations import layer_activations
 
@@ -22,7 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def kept_by_layer(model: nn.Module, vocab: int) -> dict[str, int]:
     """Bytes of the storages that each layer's forward pass is the first to save; weights left out."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    weights = {local(tensor).untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     seen: dict[int, tuple[str, int]] = {}
     running = [""]
 
@@ -75,6 +79,25 @@ def test_kept_bytes(model, precision, masters):
     job = job_of(case, config, precision=precision, master_weights=masters, compile=False)
     found = real(config, precision, masters, adapted=False)
     assert layer_activations(job, LAYER).total + mask_bytes(model, precision) == found
+
+
+def spread_experts(layout: Layout) -> tuple[int, int]:
+    """(kept, predicted) where a token goes to all experts, so that as much comes to each rank as in the mean."""
+    case = Case("mixtral", layout, length=LENGTH)
+    block = tree(case).layers[LAYER]
+    assert isinstance(block.mlp, MoeConfig)
+    moe = replace(block.mlp, top_k=block.mlp.experts.num_experts)
+    config = replace(tree(case), layers=(replace(block, mlp=moe),) * 2)
+    job = job_of(case, config, precision="bf16", master_weights=False, compile=False)
+    model = built(config, "bf16", False, False)
+    apply_experts(model, world_of(layout).meshes["ep_tp"])
+    return kept_by_layer(model, config.vocab_size)[str(LAYER)], layer_activations(job, LAYER).total
+
+
+def test_kept_bytes_of_experts_on_several_ranks():
+    """Beside them there are, of each layer, the counts of rows and a number that means nothing."""
+    for kept, planned in run(2, spread_experts, Layout(world_size=2, ep=2)):
+        assert 0 <= kept - planned <= 64
 
 
 @pytest.mark.parametrize("family", FAMILIES)

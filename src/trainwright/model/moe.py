@@ -1,7 +1,7 @@
 """Mixture of experts: a router, experts whose weights are stacked, nothing dropped.
 
-Owns routing and the load-balancing loss. Spreading the experts over ranks is parallel/'s work: it wraps `experts`,
-which takes rows sorted by expert with their counts and gives rows back.
+Owns routing, the load-balancing loss, and the way of a token's row to its experts and back. Spreading the experts over
+ranks is parallel/'s work: it wraps `experts`, which takes tokens with their choices and gives their weighted sums back.
 """
 
 from __future__ import annotations
@@ -34,22 +34,37 @@ def build_stacked_linear(linear: LinearConfig, num_experts: int) -> nn.Module:
 
 
 class Experts(nn.Module):
-    """Rows sorted by expert and how many each has -> rows. [M, H], [E] -> [M, H]."""
+    """Tokens, the experts that each has chosen, and their weights -> weighted sums of what those experts give."""
 
     def __init__(self, config: ExpertsConfig) -> None:
         super().__init__()
         self.activation = config.activation
-
-        count = config.num_experts
+        self.num_experts = count = config.num_experts  # of this rank
         self.gate_proj = build_stacked_linear(config.gate_proj, count) if config.gate_proj else None
         self.up_proj = build_stacked_linear(config.up_proj, count)
         self.down_proj = build_stacked_linear(config.down_proj, count)
 
-    def forward(self, x_MH: Tensor, counts_E: Tensor) -> Tensor:
-        up_MI = self.up_proj(x_MH, counts_E)
+    def forward(self, x_MH: Tensor, weights_MC: Tensor, chosen_MC: Tensor, choices: int | None = None) -> Tensor:
+        """[M, H], [M, C], [M, C] -> [M, H].
+
+        choices: how many of `chosen` are experts, the others being `num_experts`, which is none; all by default.
+        """
+        expert_R = chosen_MC.flatten()
+        order_R = expert_R.to(torch.int16).argsort(stable=True)  # few bits, few passes; what is none comes last
+        places_MC = inverse(order_R).view_as(chosen_MC)
+        counts_E = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=x_MH.device)
+        counts_E = counts_E.scatter_add(0, expert_R, torch.ones_like(expert_R))[: self.num_experts]
+        if choices is not None:
+            order_R = order_R[:choices]
+        out_RH = self._experts(spread(x_MH, order_R, places_MC), counts_E)
+        return mix(out_RH, weights_MC, order_R, places_MC)
+
+    def _experts(self, x_RH: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert and how many each has -> rows."""
+        up_RI = self.up_proj(x_RH, counts_E)
         if self.gate_proj is None:
-            return self.down_proj(activate(self.activation, up_MI), counts_E)
-        return self.down_proj(gated(self.activation, self.gate_proj(x_MH, counts_E), up_MI), counts_E)
+            return self.down_proj(activate(self.activation, up_RI), counts_E)
+        return self.down_proj(gated(self.activation, self.gate_proj(x_RH, counts_E), up_RI), counts_E)
 
 
 class Moe(nn.Module):
@@ -74,16 +89,7 @@ class Moe(nn.Module):
         statistics_2E = torch.stack([(probabilities_ME * real_M1).sum(0), choices_E])
         if self.norm_topk:
             weights_MC = weights_MC / weights_MC.sum(-1, keepdim=True)
-        return self._mix(x_MH, weights_MC, chosen_MC, probabilities_ME.shape[1]).view_as(x_BSH), statistics_2E
-
-    def _mix(self, x_MH: Tensor, weights_MC: Tensor, chosen_MC: Tensor, num_experts: int) -> Tensor:
-        expert_R = chosen_MC.flatten()
-        order_R = expert_R.to(torch.int16).argsort(stable=True)  # few bits, few passes
-        counts_E = torch.zeros(num_experts, dtype=torch.int64, device=x_MH.device)
-        counts_E.scatter_add_(0, expert_R, torch.ones_like(expert_R))
-        places_R = inverse(order_R)
-        out_RH = self.experts(spread(x_MH, order_R, places_R), counts_E)
-        return mix(out_RH, weights_MC, order_R, places_R)
+        return self.experts(x_MH, weights_MC, chosen_MC).view_as(x_BSH), statistics_2E
 
 
 def load_balancing_loss(statistics: list[Tensor], top_k: int) -> Tensor:

@@ -14,6 +14,7 @@ and the global gradient norm. Gradients are sums: the loss has been divided by t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -49,7 +50,8 @@ def apply_fsdp(
             mesh=mesh,
             reshard_after_forward=regather,
             shard_placement_fn=lambda parameter: _other_dim(parameter, mesh.size(-1)),
-            mp_policy=policy,
+            # Experts take their rows as they are, and the weights of their sums in float32.
+            mp_policy=replace(policy, cast_forward_inputs=False) if experts else policy,
             offload_policy=place,
         )
 

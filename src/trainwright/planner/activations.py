@@ -213,6 +213,14 @@ def _experts(job: Job, part: MoeConfig, path: str, found: LayerActivations) -> i
         found.add("norm", job.tokens * hidden * job.program.normed)
     # Probabilities, their sum and the pad mask; of each row its expert, its choice, its place and its weight twice.
     found.add("router", job.tokens * (part.experts.num_experts * 4 + 8) + rows * (3 * 8 + 2 * 4))
+    ep = job.layout.ep
+    if ep > 1 and job.program.rows_once:
+        # Instead of the last three: which rank has what, and where in line; with each row that has come, of every
+        # choice, here or not, number, place, weight and expert. Exchanges are results too, there and back.
+        came = job.rows_sent(part)
+        found.add("router", job.tokens * ep * (2 * 8 + part.top_k) - rows * (2 * 8 + 4))
+        found.add("router", came * part.top_k * (2 * 8 + 2 * 4))
+        found.results += int(2 * came * hidden * compute)
     # Rows as the experts read them, and as they come out.
     found.add("experts", 2 * rows * hidden * compute + inner * _inner(job, part.experts))
     linears = [part.experts.gate_proj, part.experts.up_proj, part.experts.down_proj]
@@ -221,7 +229,7 @@ def _experts(job: Job, part: MoeConfig, path: str, found: LayerActivations) -> i
         if linear is not None:
             _adapter(job, linear, rows, found, cut_input=linear is linears[2], stack=count)
     if any(linear is not None and linear.quantization is not None for linear in linears):
-        found.add("router", 8 * part.experts.num_experts)
+        found.add("router", 8 * (part.experts.num_experts // ep + 1))  # rows of each, and of none
     matrices = 2 if part.experts.gate_proj else 1
     found.results += (matrices * inner + rows * hidden) * compute
     # When the activation runs backward, the rows that came out are gone, and their gradient is there.

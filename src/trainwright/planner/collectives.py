@@ -7,7 +7,7 @@ ranks: how far apart they stand, so whether they talk inside a node or across no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log2
+from math import ceil, comb, log2
 from typing import Literal
 
 from trainwright.parallel.layout import Layout
@@ -15,6 +15,12 @@ from trainwright.planner.calibration import Calibration
 from trainwright.planner.hardware import GIGA, Cluster
 
 Axis = Literal["tp", "cp", "ep", "shard", "replicate", "pp"]
+
+
+def ranks_reached(experts: int, chosen: int, ranks: int) -> float:
+    """How many of the ranks that share the experts have any of a token's, in the mean, where all choices are equally
+    likely: a token's row goes once to each."""
+    return ranks * (1 - comb(experts - experts // ranks, chosen) / comb(experts, chosen))
 
 
 @dataclass(frozen=True)

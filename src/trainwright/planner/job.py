@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from trainwright.model.config import AttentionConfig, BlockConfig, ModelConfig
+from trainwright.model.config import AttentionConfig, BlockConfig, ModelConfig, MoeConfig
 from trainwright.parallel.layout import Layout, kv_heads_of_rank
 from trainwright.parallel.split import PartCosts, RowSplit, choose_row_split, in_flight, stages_of_rank
 from trainwright.planner.calibration import Calibration
+from trainwright.planner.collectives import ranks_reached
 from trainwright.planner.hardware import Cluster
 from trainwright.planner.parameters import ModelParts, Parameter
 from trainwright.planner.program import Program
@@ -89,6 +90,12 @@ class Job:
     def entering_tokens(self) -> int:
         """Tokens of what a layer's first products keep of their input."""
         return self.stream_tokens if self.program.gathers_again else self.tokens
+
+    def rows_sent(self, part: MoeConfig) -> float:
+        """Rows of one micro batch that a rank sends to the ranks of the experts, itself among them; in the mean as many
+        come."""
+        experts, chosen = part.experts.num_experts, part.top_k
+        return self.tokens * (ranks_reached(experts, chosen, self.layout.ep) if self.program.rows_once else chosen)
 
     @property
     def global_batch(self) -> int:

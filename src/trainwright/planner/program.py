@@ -133,6 +133,13 @@ class Program:
     """Bytes moved by a layer's forward and backward, an element of the stream, beside matrices and attention."""
     inner_traffic: float = 18.0
     """The same of the MLP's inner width."""
+    row_passes: float = 39.0
+    """The same of rows on their way to experts and back, in readings or writings of all of them at the memory's full
+    rate. Measured for scattered sums left to torch (two H200, row moe2 of `benchmarks/speed_gpu.py`): gathers 2,
+    weighed sum and its gradient 10, copies 13, each sum of a token's rows 15 (its kernel is far from that rate)."""
+    rows_once: bool = False
+    """Whether a token's row goes once to each rank that has any of its experts (`parallel/expert.py`), or once for each
+    of them, and is put in their order where it arrives: 10 passes more."""
     scores_traffic: float = 0.0
     """The same of attention scores; 0 for flash."""
     logits_traffic: float = 34.0
@@ -217,6 +224,10 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         # Compiled layers fuse norms, rotation, activation and residuals into a few passes (`benchmarks/floor.py`).
         stream_traffic=(50.0 if compiled else 540.0) * compute / 2,
         inner_traffic=(18.0 if compiled else 50.0) * compute / 2,
+        # Counted in `kernels/rows.py`: written for the experts, read for the sum, read and written for its gradients,
+        # read for the gradient of the tokens; and the copies as measured. Not measured since.
+        row_passes=18.0,
+        rows_once=True,
         logits_traffic=34.0 if cpu else 18.0,
         head_traffic=12.0 if cpu and compute != 4 else 8.0,
         # `triton_quantized.py` reaches 2.5 to 3.5 TB/s of an H200's 4.3; `triton_adamw8bit.py` looks 18 numbers up for

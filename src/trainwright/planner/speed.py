@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
+from trainwright.model.config import MoeConfig
 from trainwright.planner.activations import kept_levels, mean_held
 from trainwright.planner.collectives import Wires
 from trainwright.planner.hardware import GIGA, TERA
@@ -282,8 +283,10 @@ class _StageTime:
         if split.ring > 1:
             ring = wires.all_gather("cp", 2 * job.tokens * keys * split.ring * program.compute)
         if layout.ep > 1:
-            top_k = max((getattr(block.mlp, "top_k", 0) for block in job.config.layers), default=0)
-            once += 2 * wires.all_to_all("ep", stream * top_k)
+            part = max((b.mlp for b in job.config.layers if isinstance(b.mlp, MoeConfig)), key=lambda part: part.top_k)
+            # With a row go its weights and numbers of experts, in one of both directions, right behind it.
+            row = job.config.hidden_size * program.compute + (4 * part.top_k if program.rows_once else 0)
+            once += 2 * wires.all_to_all("ep", job.rows_sent(part) * row)
         forward = once + ring
         again = forward if job.recompute == "full" else 0.0
         return forward, once + ring + again

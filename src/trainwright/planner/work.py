@@ -232,11 +232,10 @@ def _experts(job: Job, roofline: Roofline, work: Work, part: MoeConfig, path: st
     hidden = part.gate.in_features
     _linear(job, roofline, work, "router", part.gate, f"{path}.gate", job.tokens, 1.0, True)
     inner = rows * part.experts.intermediate_size / tp * job.program.inner_traffic
-    # In readings or writings of all rows at the memory's full rate, measured on two H200 (row moe2): gathers
-    # 11, weighed sum and its gradient 10, copies 13, each sum of a token's rows 15, whose kernel is far from it.
-    # Four of the gathers put rows in another order where they arrive, and back.
-    sorting = (49 if job.layout.ep > 1 else 39) * rows * hidden * job.program.compute
-    moved = roofline.move(inner + sorting)
+    sorting = job.program.row_passes * rows
+    if job.layout.ep > 1:  # where they leave, arrive, are spread, summed, come back: 8 times each, by count
+        sorting += 8 * job.rows_sent(part) if job.program.rows_once else 10 * rows
+    moved = roofline.move(inner + sorting * hidden * job.program.compute)
     work.add("activation", (moved / 3, moved * 2 / 3))
 
 

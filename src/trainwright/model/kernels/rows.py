@@ -1,14 +1,15 @@
-"""Rows of tokens to their experts and back, as gathers in both directions.
+"""Rows of tokens to places and back, as gathers in both directions. Owns the choice between Triton and plain torch.
 
-A row that goes to a place of an order comes back from that place: the backward pass of a gather by a permutation is a
-gather by its inverse, and a token's sum over its choices reads each of their rows once. Left to autograd they would be
-scattered sums, which add atomically, in the order in which they happen to run, or sort the indices first.
+A row that goes to a place of an order comes back from that place: the backward pass of a gather is a gather by the
+inverse, and a token's sum over its choices reads each of their rows once. Left to autograd they would be scattered
+sums, which add atomically, in the order in which they happen to run, or sort the indices first.
 
-Names: M tokens with C choices each, R = M x C rows, ordered by expert: order_R[place] is the choice that stands there,
-choice c of token m being number m x C + c; places_R its inverse.
+Names: M tokens with C choices each, choice c of token m being number m x C + c. R of them have a place: order_R[place]
+is the number that stands there, places_MC[m, c] its place; a choice without one has a number from R on.
 """
 
 # No `from __future__ import annotations`: torch reads the operations' schemas from these annotations.
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,33 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-
-def inverse(order_R: Tensor) -> Tensor:
-    """[R], where each number of a permutation stands."""
-    places_R = torch.empty_like(order_R)
-    return places_R.scatter_(0, order_R, torch.arange(order_R.numel(), device=order_R.device, dtype=order_R.dtype))
+from trainwright.model.kernels import has_triton
 
 
-def permute(x_RH: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
-    """x_RH[order_R]."""
-    return _Permute.apply(x_RH, order_R, places_R)
-
-
-def mix(x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
-    """[M, H]: each token's rows by their weights, summed in float32. The weights may have another type."""
-    return _Mix.apply(x_RH, weights_MC, order_R, places_R)
-
-
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RH: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
-        ctx.save_for_backward(places_R)
-        return x_RH[order_R]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (places_R,) = ctx.saved_tensors
-        return grads[0][places_R], None, None
+def inverse(order: Tensor) -> Tensor:
+    """Where each number of a permutation stands."""
+    places = torch.empty_like(order)
+    return places.scatter_(0, order, torch.arange(order.numel(), device=order.device, dtype=order.dtype))
 
 
 # Operations of their own, with registered gradients: in a compiled layer that is to compute it again, torch 2.11 keeps
@@ -50,54 +31,58 @@ class _Permute(torch.autograd.Function):
 
 
 @custom_op("trainwright::spread_rows", mutates_args=())
-def spread(x_MH: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
+def spread(x_MH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
     """[R, H]: each token's row in the places of its choices."""
-    return x_MH[order_R // (order_R.numel() // x_MH.shape[0])]
-
-
-@spread.register_fake
-def _(x_MH: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
-    return x_MH.new_empty(order_R.numel(), x_MH.shape[1])
+    return x_MH[order_R // places_MC.shape[1]]
 
 
 @custom_op("trainwright::collect_rows", mutates_args=())
-def collect(x_RH: Tensor, places_R: Tensor, tokens: int) -> Tensor:
-    """[M, H]: the sum of each token's rows. One kernel, which adds in float32."""
-    return F.embedding_bag(places_R.view(tokens, -1), x_RH.contiguous(), mode="sum")
+def collect(x_RH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
+    """[M, H]: the sum of each token's rows, in float32 until it is whole."""
+    if kernels := _kernels(x_RH):
+        return kernels.sums(x_RH, None, places_MC)
+    rows = x_RH.shape[0]
+    padded_RH = F.pad(x_RH, (0, 0, 0, 1))
+    return F.embedding_bag(places_MC.clamp(max=rows), padded_RH, mode="sum", padding_idx=rows)
 
 
-@collect.register_fake
-def _(x_RH: Tensor, places_R: Tensor, tokens: int) -> Tensor:
-    return x_RH.new_empty(tokens, x_RH.shape[1])
+@custom_op("trainwright::mix_rows", mutates_args=())
+def mix(x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
+    """[M, H]: each token's rows by their weights, summed in float32. The weights may have another type."""
+    if kernels := _kernels(x_RH):
+        return kernels.sums(x_RH, weights_MC, places_MC)
+    parts_MCH = _rows_at(x_RH, places_MC).to(_wide(x_RH))
+    return (parts_MCH * weights_MC[..., None]).sum(1).to(x_RH.dtype)
 
 
-def _keep_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.tokens = inputs[0].shape[0]
-    ctx.save_for_backward(inputs[2])
+@custom_op("trainwright::mix_rows_backward", mutates_args=())
+def mix_backward(
+    grad_MH: Tensor, x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_MC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `mix`'s rows and of its weights; 0 for a weight of no row."""
+    if kernels := _kernels(x_RH):
+        return kernels.mix_gradients(grad_MH, x_RH, weights_MC, places_MC)
+    wide = _wide(x_RH)
+    of_rows = grad_MH[order_R // places_MC.shape[1]].to(wide) * weights_MC.flatten()[order_R][:, None]
+    of_weights = (_rows_at(x_RH, places_MC).to(wide) * grad_MH[:, None]).sum(-1)
+    return of_rows.to(x_RH.dtype), of_weights.to(weights_MC.dtype)
 
 
-def _collect(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return collect(grad, *ctx.saved_tensors, ctx.tokens), None, None
+def _kernels(x: Tensor) -> ModuleType | None:
+    """Our Triton kernels, where they take this."""
+    if not x.is_cuda or x.dtype == torch.float64 or not has_triton():
+        return None
+    from trainwright.model.kernels import triton_rows
+
+    return triton_rows
 
 
-spread.register_autograd(_collect, setup_context=_keep_places)
-
-
-class _Mix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_R: Tensor) -> Tensor:
-        ctx.save_for_backward(x_RH, weights_MC, order_R, places_R)
-        parts_MCH = x_RH[places_R].unflatten(0, weights_MC.shape)
-        return _cast((parts_MCH.to(_wide(x_RH)) * weights_MC[..., None]).sum(1), x_RH.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x_RH, weights_MC, order_R, places_R = ctx.saved_tensors
-        grad_MH, choices = grads[0], weights_MC.shape[1]
-        parts_MCH = x_RH[places_R].unflatten(0, weights_MC.shape)
-        of_weights = (parts_MCH.to(_wide(x_RH)) * grad_MH[:, None]).sum(-1)
-        of_rows = grad_MH[order_R // choices].to(_wide(x_RH)) * weights_MC.flatten()[order_R][:, None]
-        return _cast(of_rows, x_RH.dtype), _cast(of_weights, weights_MC.dtype), None, None
+def _rows_at(x_RH: Tensor, places_MC: Tensor) -> Tensor:
+    """[M, C, H], zeros where a place has no row."""
+    rows = x_RH.shape[0]
+    if rows == places_MC.numel():
+        return x_RH[places_MC]
+    return F.pad(x_RH, (0, 0, 0, 1))[places_MC.clamp(max=rows)]
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -105,7 +90,49 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), but not called where nothing is to do: compiled by torch 2.11, a function that ends in such a call
-    loses its gradient."""
-    return x if x.dtype == dtype else x.to(dtype)
+# ---- their shapes and gradients ----
+
+
+@spread.register_fake
+def _(x_MH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
+    return x_MH.new_empty(order_R.shape[0], x_MH.shape[1])
+
+
+@collect.register_fake
+def _(x_RH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
+    return x_RH.new_empty(places_MC.shape[0], x_RH.shape[1])
+
+
+@mix.register_fake
+def _(x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
+    return x_RH.new_empty(places_MC.shape[0], x_RH.shape[1])
+
+
+@mix_backward.register_fake
+def _(grad_MH: Tensor, x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_MC: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_RH), torch.empty_like(weights_MC)
+
+
+def _keep_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _of_spread(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return collect(grad, *ctx.saved_tensors), None, None
+
+
+def _of_collect(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return spread(grad, *ctx.saved_tensors), None, None
+
+
+def _of_mix(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *mix_backward(grad, *ctx.saved_tensors), None, None
+
+
+spread.register_autograd(_of_spread, setup_context=_keep_places)
+collect.register_autograd(_of_collect, setup_context=_keep_places)
+mix.register_autograd(_of_mix, setup_context=_keep_all)
