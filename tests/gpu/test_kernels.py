@@ -83,14 +83,16 @@ def test_slices_of_a_vocabulary_are_the_whole() -> None:
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("chunk", [0, 300])
-def test_cross_entropy(chunk: int, split: bool) -> None:
-    """In chunks the head's gradient is a sum that one product after the other is added to, in place."""
+@pytest.mark.parametrize("vocab", [50000, 50257])
+def test_cross_entropy(vocab: int, chunk: int, split: bool) -> None:
+    """In chunks the head's gradient is a sum that one product after the other is added to, in place. Rows of an odd
+    vocabulary stand further apart than they are long."""
     torch.manual_seed(0)
     x = torch.randn(2, 700, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(50000, 256, device="cuda") * 0.1).bfloat16().requires_grad_()
-    labels = torch.randint(0, 50000, (2, 700), device="cuda")
+    weight = (torch.randn(vocab, 256, device="cuda") * 0.1).bfloat16().requires_grad_()
+    labels = torch.randint(0, vocab, (2, 700), device="cuda")
     labels[:, ::3] = -100
-    alone = VocabShard(0, 50000, reduce_max=lambda _: None, reduce_sum=lambda _: None) if split else None
+    alone = VocabShard(0, vocab, reduce_max=lambda _: None, reduce_sum=lambda _: None) if split else None
     given = linear_cross_entropy(x, weight, labels, shard=alone, chunk=chunk)
     ours = torch.autograd.grad(given, (x, weight))
     wide_x, wide_w = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()

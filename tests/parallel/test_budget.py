@@ -69,9 +69,11 @@ def test_attention_is_kept_alike_whichever_matrices_have_adapters():
 def test_the_choice_by_hand():
     budget = Budget(100.0, layers=4)
     budget.kept = {"attention": 20, "all": 50}
-    assert budget.choose() == ["attention"] * 4
+    assert budget.choose() == ["input", "attention", "attention", "all"]
     budget.bytes = 145.0
-    assert budget.choose() == ["attention", "attention", "all", "all"]
+    assert budget.choose() == ["input", "attention", "all", "all"]
+    budget.bytes = 199.0  # what the first would keep is there until all gradients are
+    assert budget.choose() == ["input", "all", "all", "all"]
     budget.bytes = 45.0
     assert budget.choose() == ["input", "input", "attention", "attention"]
     budget.bytes = 1000.0

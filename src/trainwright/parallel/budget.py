@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from trainwright.parallel.recompute import ATTENTION, BATCHED, GIB, KEPT, PRODUCTS, checkpointed, keep_all
+from trainwright.parallel.split import rich_layers
 
 Level = Literal["all", "attention", "input"]
 """all: what selective recompute keeps, products and attention. Left to itself the compiler would keep norms and
@@ -53,12 +54,9 @@ class Budget:
         return look.get(number, "input")
 
     def choose(self) -> list[Level]:
-        """First "attention" for as many layers as fit, then "all"; the last layers first, because their backward pass
-        comes first and frees most before others compute again."""
-        attention = max(self.kept["attention"], 1)
-        several = int(min(self.layers, self.bytes // attention))
-        more = max(self.kept["all"] - attention, 1)
-        whole = int(min(self.layers, (self.bytes - several * attention) // more)) if several == self.layers else 0
+        """By the rule of `split.py`, the last layers richest: their backward pass comes first and frees most before
+        others compute again."""
+        whole, several = rich_layers(self.bytes, self.layers, self.kept["attention"], self.kept["all"])
         counts: dict[Level, int] = {"input": self.layers - several, "attention": several - whole, "all": whole}
         return [level for level, count in counts.items() for _ in range(count)]
 

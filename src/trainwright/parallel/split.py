@@ -100,6 +100,21 @@ def away_layers(count: int, share: float) -> list[int]:
     return [number for number in range(count - 1) if int((number + 1) * share + 1e-9) > int(number * share + 1e-9)]
 
 
+def rich_layers(room: float, layers: int, attention: int, everything: int) -> tuple[int, int]:
+    """How many of `layers` keep (`everything`, at least `attention`) bytes beyond their input within `room` bytes.
+
+    As many as fit keep what their attention gave, then everything. Where not all can keep everything, the first keeps
+    its input only: its backward pass comes last, when all gradients are there.
+    """
+    if layers * everything <= room:
+        return layers, layers
+    layers = max(1, layers - 1)
+    several = int(min(layers, room // max(1, attention)))
+    more = max(1, everything - attention)
+    whole = int(min(layers, (room - several * attention) // more)) if several == layers else 0
+    return whole, several
+
+
 def check_one_pass(in_backward: bool, accumulation: int) -> None:
     """Raises UserError where updates within the backward pass meet several passes a step."""
     if in_backward and accumulation > 1:

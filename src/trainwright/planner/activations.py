@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from trainwright.adapt.lora import Lora
 from trainwright.model.config import AttentionConfig, BlockConfig, LinearConfig, MlpConfig, MoeConfig, NormConfig
-from trainwright.parallel.split import kv_copies
+from trainwright.parallel.split import kv_copies, rich_layers
 from trainwright.planner.hardware import GIB
 from trainwright.planner.job import Job, Stage
 from trainwright.planner.states import local_shape, whole_elements
@@ -56,15 +56,12 @@ def kind_activations(job: Job, layer: int) -> LayerActivations:
 
 def kept_levels(job: Job, stage: Stage, layer: int) -> tuple[int, int] | None:
     """How many of a stage's compiled layers keep (all results, at least those of attention) within `recompute_memory`;
-    the others keep their input: the rule of `parallel/budget.py`. None where there is no such budget."""
+    the others keep their input. None where there is no such budget."""
     memory, layers = job.recipe.parallel.recompute_memory, len(stage.layers)
     if job.recompute != "selective" or memory is None or not job.program.compiled:
         return None
-    kept, room = kind_activations(job, layer), memory * GIB / stage.sharers
-    several = int(min(layers, room // max(1, kept.attention_results)))
-    more = max(1, kept.results - kept.attention_results)
-    whole = int(min(layers, (room - several * kept.attention_results) // more)) if several == layers else 0
-    return whole, several
+    kept = kind_activations(job, layer)
+    return rich_layers(memory * GIB / stage.sharers, layers, kept.attention_results, kept.results)
 
 
 def mean_held(job: Job, stage: Stage, layer: int) -> int:

@@ -22,6 +22,8 @@ from trainwright.model.kernels import has_triton
 IGNORE = -100
 _CHUNK_BYTES = {"cpu": 96 << 20}
 _DEFAULT_CHUNK_BYTES = 512 << 20
+ALIGNED = 8
+"""Numbers of 16 bits in the 16 bytes that a matrix unit reads at once."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,20 @@ def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with a float32 result; the matrix unit accumulates in float32 anyway, so nothing is rounded between."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.device.type == "cuda":
+    if a.device.type != "cuda":
+        return (a @ b).float()
+    if b.shape[1] % ALIGNED == 0:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+    return torch.mm(a, b, out_dtype=torch.float32, out=aligned_rows(a.shape[0], b.shape[1], a.device))
+
+
+def aligned_rows(rows: int, columns: int, device: torch.device | str) -> Tensor:
+    """An empty float32 [rows, columns] whose rows begin where a matrix unit can read them, also as 16-bit numbers.
+
+    Rows of an odd vocabulary (GPT-2's 50257) would begin anywhere, and products that read them do so number by number.
+    """
+    apart = -(-columns // ALIGNED) * ALIGNED
+    return torch.empty_strided((rows, columns), (apart, 1), dtype=torch.float32, device=device)
 
 
 def _probabilities(logits_MV: Tensor, labels_M: Tensor, shard: VocabShard | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 As separate operations (log softmax, exponential, one-hot, cast) the same is five passes, and tensors one and a half
 times as large as the logits live beside them. The running maximum is online softmax's (Milakov & Gimelshein 2018).
+Rows may stand further apart than they are long; the gradient's then do too.
 """
 
 # Kernels are written without type annotations: Triton reads its own from them.
@@ -27,11 +28,13 @@ def _top_and_total(logits, columns: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def _softmax_kernel(logits, labels, grad, loss, columns: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr):
+def _softmax_kernel(
+    logits, labels, grad, loss, columns: tl.constexpr, apart: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
-    logits += row * columns
-    grad += row * columns
+    logits += row * apart
+    grad += row * apart
     column = tl.arange(0, WIDTH)
     if label < 0:
         tl.store(loss + row, 0.0)
@@ -51,10 +54,12 @@ def _softmax_kernel(logits, labels, grad, loss, columns: tl.constexpr, LEAST: tl
 
 
 @triton.jit
-def _sums_kernel(logits, labels, sums, rows, columns: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr):
+def _sums_kernel(
+    logits, labels, sums, rows, columns: tl.constexpr, apart: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
-    logits += row * columns
+    logits += row * apart
     top, total = _top_and_total(logits, columns, LEAST, WIDTH)
     tl.store(sums + row, top)
     tl.store(sums + rows + row, total)
@@ -62,14 +67,16 @@ def _sums_kernel(logits, labels, sums, rows, columns: tl.constexpr, LEAST: tl.co
 
 
 @triton.jit
-def _gradient_kernel(logits, labels, whole, grad, columns: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr):
+def _gradient_kernel(
+    logits, labels, whole, grad, columns: tl.constexpr, apart: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < columns
-    x = tl.load(logits + row * columns + column, mask=inside, other=LEAST)
+    x = tl.load(logits + row * apart + column, mask=inside, other=LEAST)
     p = tl.exp(x - tl.load(whole + row))
     p = tl.where(column == tl.load(labels + row), p - 1.0, p)
-    tl.store(grad + row * columns + column, p.to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad + row * apart + column, p.to(grad.dtype.element_ty), mask=inside)
 
 
 def slice_sums(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
@@ -77,16 +84,17 @@ def slice_sums(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
     it, and the label's logit, 0 where the label (below 0) is in another slice."""
     rows, columns = logits_MV.shape
     sums_3M = torch.empty(3, rows, device=logits_MV.device)
-    _sums_kernel[(rows,)](logits_MV, labels_M, sums_3M, rows, columns, LEAST=-1e30, WIDTH=4096, num_warps=8)
+    apart = logits_MV.stride(0)
+    _sums_kernel[(rows,)](logits_MV, labels_M, sums_3M, rows, columns, apart, LEAST=-1e30, WIDTH=4096, num_warps=8)
     return sums_3M
 
 
 def slice_gradient(logits_MV: Tensor, labels_M: Tensor, whole_M: Tensor, dtype: torch.dtype) -> Tensor:
     """[M, V]: softmax - one-hot of a slice, where `whole_M` is the log of the sum of all slices' exponentials."""
     rows, columns = logits_MV.shape
-    grad_MV = torch.empty(rows, columns, dtype=dtype, device=logits_MV.device)
-    grid = (rows, triton.cdiv(columns, 4096))
-    _gradient_kernel[grid](logits_MV, labels_M, whole_M, grad_MV, columns, LEAST=-1e30, WIDTH=4096, num_warps=8)
+    grad_MV = torch.empty_strided((rows, columns), logits_MV.stride(), dtype=dtype, device=logits_MV.device)
+    grid, apart = (rows, triton.cdiv(columns, 4096)), logits_MV.stride(0)
+    _gradient_kernel[grid](logits_MV, labels_M, whole_M, grad_MV, columns, apart, LEAST=-1e30, WIDTH=4096, num_warps=8)
     return grad_MV
 
 
@@ -96,8 +104,8 @@ def softmax_gradient(logits_MV: Tensor, labels_M: Tensor, dtype: torch.dtype) ->
     Rows whose label is below 0 are not trained: zeros in both.
     """
     rows, columns = logits_MV.shape
-    grad_MV = torch.empty(rows, columns, dtype=dtype, device=logits_MV.device)
-    loss_M = torch.empty(rows, device=logits_MV.device)
+    grad_MV = torch.empty_strided((rows, columns), logits_MV.stride(), dtype=dtype, device=logits_MV.device)
+    loss_M, apart = torch.empty(rows, device=logits_MV.device), logits_MV.stride(0)
     # A number below every logit, and finite: the difference of two infinities is none.
-    _softmax_kernel[(rows,)](logits_MV, labels_M, grad_MV, loss_M, columns, LEAST=-1e30, WIDTH=4096, num_warps=8)
+    _softmax_kernel[(rows,)](logits_MV, labels_M, grad_MV, loss_M, columns, apart, LEAST=-1e30, WIDTH=4096, num_warps=8)
     return grad_MV, loss_M
