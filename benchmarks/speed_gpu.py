@@ -209,7 +209,7 @@ ROWS: dict[str, Row] = {
     "1gpu": Row(
         {
             "8 bit AdamW, selective": f"{LEAN} {budget(12)} {micro(1)}",
-            "8 bit AdamW, selective, half to the host": f"{LEAN} {budget(18)} {away(0.5)} {micro(1)}",
+            "8 bit AdamW, selective, half to the host": f"{LEAN} {budget(16)} {away(0.5)} {micro(1)}",
             "8 bit AdamW in backward, no clipping, selective, half to the host":
             f"{LEAN} {IN_BACKWARD} {budget(22)} {away(0.55)} {micro(1)}",
             "8 bit AdamW in backward, no clipping, full recompute":

@@ -115,7 +115,12 @@ FITTED = {
     "001_h200_4": {"meta-llama/Llama-2-7b"},
     "002_llama2_7b_peft": {"fp16 4 x 64", "int4 4 x 512", "fp16 16 x 512"},
     "planner_qlora_h200_1": {"QLoRA 512, little memory", "int8 8 x 512, 12.6 GB"},
-    "speed_h200_2": {"EP2 x ZeRO-3, 2 rows"},
+    "001_h200_2": {"meta-llama/Llama-2-13b"},
+    "speed_h200_2": {
+        "EP2 x ZeRO-3, 2 rows",
+        "EP2 x ZeRO-3, 2 rows, cuDNN attention",
+        "EP2 x ZeRO-3, 2 rows, cuDNN attention, a row for each choice",
+    },
     "speed_h200_4": {"ZeRO-3, 2 rows, NCCL", "ZeRO-3, 2 rows", "ZeRO-3, 3 rows", "ZeRO-3, tensorwise, 2 rows"},
 }
 HEADS = "row | use | GiB taken: | planned: | error: | step s taken: | planned: | error:"

@@ -76,7 +76,8 @@ def test_cross_entropy(card, out):
     from trainwright.model.kernels.triton_cross_entropy import _softmax_kernel
 
     types = ["*fp32", "*i64", out, "*fp32"]
-    assert compiled(_softmax_kernel, types, {"columns": 128256, "apart": 128256, "LEAST": -1e30, "WIDTH": 4096}, card, 8)
+    constants = {"columns": 128256, "apart": 128256, "LEAST": -1e30, "WIDTH": 4096}
+    assert compiled(_softmax_kernel, types, constants, card, 8)
 
 
 @pytest.mark.parametrize("card", CARDS)

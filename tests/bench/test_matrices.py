@@ -108,4 +108,4 @@ def test_the_alignment_runs_see_the_same_rows():
                 for one in (cell, other)
             ]
             assert batches[0] == batches[1]
-    assert pairs == 2
+    assert pairs == 3

@@ -143,7 +143,7 @@ def test_kept_bytes_of_products_in_8_bits(model, scaling):
     assert 0 <= found - layer_activations(job, LAYER).total <= 64
 
 
-@pytest.mark.parametrize(("model", "masters"), [("llama", False), ("llama", True), ("bloom", False)])
+@pytest.mark.parametrize(("model", "masters"), [("llama", False), ("llama", True), ("bloom", False), ("banded", False)])
 def test_compiled_layers_keep_the_same(model, masters):
     """Without a compiler of machine code: what waits between the passes is decided before it."""
     case = Case(model, Layout(), length=LENGTH)
@@ -153,7 +153,7 @@ def test_compiled_layers_keep_the_same(model, masters):
     layer.forward = torch.compile(layer.forward, backend="aot_eager_decomp_partition")
     job = job_of(case, config, precision="bf16", master_weights=masters, compile=True)
     found = kept_by_layer(network, config.vocab_size)[str(LAYER)]
-    assert layer_activations(job, LAYER).total == pytest.approx(found, rel=0.01)
+    assert layer_activations(job, LAYER).total + mask_bytes(model, "bf16") == pytest.approx(found, rel=0.01)
 
 
 def test_recomputation_keeps_less():

@@ -191,8 +191,10 @@ def _mlp(job: Job, block: BlockConfig, path: str, found: LayerActivations) -> in
 def _inner(job: Job, part: MlpConfig) -> int:
     """Bytes an element of the inner width. SiLU's gate is computed again; other activations keep their result."""
     if part.gate_proj is None:
-        # ReLU keeps its result alone, which is what the last matrix reads.
-        return job.program.plain_inner - (job.program.compute if part.activation == "relu" else 0)
+        if part.activation != "relu":
+            return job.program.plain_inner
+        # Its result alone, which is what the last matrix reads; compiled, where it is above 0 besides, a byte each.
+        return job.program.plain_inner - job.program.compute + job.program.compiled
     return job.program.inner + (0 if part.activation == "silu" else job.program.compute)
 
 

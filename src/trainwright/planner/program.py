@@ -142,6 +142,8 @@ class Program:
     of them, and is put in their order where it arrives: 10 passes more."""
     scores_traffic: float = 0.0
     """The same of attention scores; 0 for flash."""
+    logits_aligned: bool = True
+    """Whether rows of logits begin where matrix units read them, also those of an odd vocabulary."""
     logits_traffic: float = 34.0
     """The same of logits."""
     head_traffic: float = 0.0

@@ -17,9 +17,13 @@ from trainwright.planner.job import Job, LayerGroup, Stage
 from trainwright.planner.states import group_bytes, group_elements, stage_states, whole_bytes, whole_elements
 from trainwright.planner.work import Work, head_work, kind_work, kv_width
 
-EXPERTS_COUNTED, EXPERTS_UNEVEN = 1.7e-3, 0.15
+EXPERTS_COUNTED, EXPERTS_UNEVEN = 5e-3, 0.15
 """Seconds of a layer in which the device stands, since the host asks how many rows come; and what the rank with the
-fullest experts takes longer than the mean, as a share. Both from the row moe2 of `benchmarks/speed_gpu.py`."""
+fullest experts takes longer than the mean, as a share. Both from the row moe2 of `benchmarks/speed_gpu.py`. The first
+is the host's work, 1.7 ms on one machine and 8 to 10 on two others: here stands the middle."""
+MEETING = 1.6e-4
+"""Seconds by which tensor parallel ranks are late for each other at each exchange, besides a collective's start. It is
+the host's too: nothing to 0.33 ms on four machines (layers of 7B and 13B, rows of 4,096); here stands the middle."""
 COPIED = 0.3
 """What is left of collectives' contention where copy engines move shards: 33 ms less of 46 (docs/decisions.md)."""
 
@@ -275,6 +279,7 @@ class _StageTime:
         layout, split = job.layout, job.row_split
         stream = job.tokens * job.config.hidden_size * program.compute
         once = 4 * wires.all_gather("tp", stream)  # two gathers and two scatters, or two sums
+        once += 4 * MEETING if layout.tp > 1 and program.name == "trainwright" else 0.0
         queries, keys = kv_width(job)
         if split.ulysses > 1:
             exchanged = job.tokens * (2 * queries + 2 * keys) * program.compute

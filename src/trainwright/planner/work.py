@@ -60,6 +60,14 @@ class Work:
         return sum(self.parts.get(part, (0.0, 0.0))[0] for part in parts)
 
 
+GROUPED = 0.75
+"""Rate of torch's grouped product beside a plain one's: 525 TFLOP/s on an H200, kernels of the row moe2 of
+`benchmarks/speed_gpu.py`."""
+UNALIGNED = 0.1
+"""Rate of a head's products over an odd vocabulary whose logits stand anywhere beside one whose rows are aligned; from
+gpt2-xl on an H200."""
+
+
 class Roofline:
     """Seconds of single operations on one card with one program."""
 
@@ -87,7 +95,17 @@ class Roofline:
     def grouped(self, rows: float, depth: float, columns: float, groups: int) -> float:
         """`groups` products of one shape in one kernel: together they fill the card."""
         size = groups * (rows * depth + depth * columns + rows * columns) * self.program.compute
-        return max(self.matmul(rows * groups, depth, columns), size / self.bandwidth)
+        return max(self.matmul(rows * groups, depth, columns) / GROUPED, size / self.bandwidth)
+
+    def casts(self, trained: float) -> Seconds:
+        """Where one process casts float32 weights as it uses them: weights are read and written narrower, gradients the
+        other way."""
+        if not self.program.cast or self.job.fsdp:
+            return 0.0, 0.0
+        narrow = self.program.cast
+        return self.move(trained * (self.program.trained + narrow)), self.move(
+            trained * (narrow + self.program.gradient)
+        )
 
     def attention(self, backend: str, flops: float, length: float, *, backward: bool) -> float:
         share = self.calibration.attention_share(backend, length, backward=backward)
@@ -154,6 +172,7 @@ def _linear(
     trained = job.is_trained(f"{path}.weight")
     if trained:
         backward += roofline.matmul(depth, rows, columns, fp8=float8 is not None)
+        work.add("weights' casts", roofline.casts(depth * columns))
     work.add(part, (forward, backward))
     work.count(flops, flops * (2 if trained else 1))
     if float8 is not None:  # largest number, rounding, and the copies that the matrix units' order asks for
@@ -227,6 +246,8 @@ def _experts(job: Job, roofline: Roofline, work: Work, part: MoeConfig, path: st
             linear.in_features / tp, linear.out_features)  # fmt: skip
         one = roofline.grouped(each, *shape, experts)
         work.add("experts", (one, one * (2 if trained else 1)))
+        if trained:
+            work.add("weights' casts", roofline.casts(experts * shape[0] * shape[1]))
         flops = 2 * rows * shape[0] * shape[1]
         work.count(flops, flops * (2 if trained else 1))
     hidden = part.gate.in_features
@@ -252,8 +273,12 @@ def head_work(job: Job) -> Work:
     columns = head.out_features / tp
     name = "embed_tokens.weight" if head.tied else "lm_head.weight"
     forward = roofline.matmul(job.tokens, head.in_features, columns)
+    if columns % 8 and not job.program.logits_aligned:
+        forward /= UNALIGNED
     trained = job.is_trained(name)
     work.add("head", (forward, forward * (2 if trained else 1)))
+    if trained:
+        work.add("weights' casts", roofline.casts(columns * head.in_features))
     flops = 2 * job.tokens * head.in_features * columns
     work.count(flops, flops * (2 if trained else 1))
     size = job.tokens * columns * job.program.logits_traffic
