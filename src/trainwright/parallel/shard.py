@@ -25,7 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from trainwright.errors import UserError
-from trainwright.model.moe import Moe
+from trainwright.model.moe import Experts, Moe
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.mesh import World
 from trainwright.parallel.reduce import Reduce
@@ -68,7 +68,7 @@ def apply_fsdp(
         last = [part for part in (model.norm, model.project_out, model.lm_head) if part is not None]
         cut(last, regather=False)  # its backward comes at once
     cut(model, regather=False)
-    _tune(model, layers)
+    _tune(model, layers, world)
 
 
 def _other_dim(parameter: nn.Parameter, ranks: int) -> Shard | None:
@@ -90,11 +90,13 @@ def _other_dim(parameter: nn.Parameter, ranks: int) -> Shard | None:
     return Shard(1)
 
 
-def _tune(model: nn.Module, layers: list[nn.Module]) -> None:
+def _tune(model: nn.Module, layers: list[nn.Module], world: World) -> None:
     """Sums instead of means; the next layer's weights are gathered while this one computes, both ways."""
-    reduce = Reduce()
+    reduce, apart = Reduce(), world.layout.ep > 1
     for module in fsdp_modules(model):
         module.set_custom_reduce_scatter(reduce)
+        if world.fsdp_mesh(apart and isinstance(module, Experts)).size() == 1:
+            continue  # a sum over one rank is its mean, and torch would read and write it once more to divide it by 1
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else a factor becomes an operation that only NCCL has
     for before, after in pairwise(module for module in layers if isinstance(module, FSDPModule)):
