@@ -20,6 +20,7 @@ from torch.library import custom_op
 
 from trainwright.model.kernels import quantized
 from trainwright.model.kernels.grouped import grouped_linear
+from trainwright.model.kernels.product import add_matmul, matmul
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -64,7 +65,7 @@ def product(
         return F.linear(x_MI, weight, bias)
     low_MR, up_RO, scale = low
     y = (low_MR * scale) @ up_RO if bias is None else torch.addmm(bias, low_MR, up_RO, alpha=scale)
-    return y.addmm_(x_MI, weight.t())
+    return add_matmul(y, x_MI, weight.t())
 
 
 def product_backward(
@@ -75,7 +76,7 @@ def product_backward(
         grad_x = quantized.fp8_linear_backward(grad_MO, *quantized.as_bytes(pieces))
         return grad_x if low is None else grad_x.addmm_(*low)
     if low is None:
-        return grad_MO @ full_weight(format, pieces, columns, grad_MO.dtype)
+        return matmul(grad_MO, full_weight(format, pieces, columns, grad_MO.dtype))
     return add_product_backward(low[0] @ low[1], grad_MO, format, pieces)
 
 
@@ -84,7 +85,7 @@ def add_product_backward(onto_MI: Tensor, grad_MO: Tensor, format: str, pieces: 
     columns = onto_MI.shape[1]
     if format == "fp8":
         return onto_MI.add_(product_backward(grad_MO, format, pieces, columns))
-    return onto_MI.addmm_(grad_MO, full_weight(format, pieces, columns, grad_MO.dtype))
+    return add_matmul(onto_MI, grad_MO, full_weight(format, pieces, columns, grad_MO.dtype))
 
 
 def product_float32(a: Tensor, b: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from trainwright.device import default_device, device_name, synchronize
 from trainwright.model.kernels import flash4
 from trainwright.model.kernels.flash import activate as activate_flash
+from trainwright.model.kernels.product import matmul
 from trainwright.planner.calibration import AttentionEfficiency, Calibration, load_calibration
 from trainwright.planner.hardware import GIGA, Card, Cluster, cpu_card, find_card
 
@@ -97,7 +98,7 @@ class _Bench:
             return self._fp8_product(rows, depth, columns)
         a = torch.randn(rows, depth, device=self.device).to(DTYPES[dtype])
         b = torch.randn(depth, columns, device=self.device).to(DTYPES[dtype])
-        return 2.0 * rows * depth * columns / self.seconds(lambda: a @ b, settle=self.settle)
+        return 2.0 * rows * depth * columns / self.seconds(lambda: matmul(a, b), settle=self.settle)
 
     def _fp8_product(self, rows: int, depth: int, columns: int) -> float:
         """The same with a scale a row, as frozen weights in fp8 are multiplied (`model/kernels/quantized.py`)."""

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainwright.model.config import LinearConfig
 from trainwright.model.kernels.float8 import Scaling, fits, float8_linear
+from trainwright.model.kernels.product import linear
 
 
 class Linear(nn.Linear):
@@ -27,7 +27,7 @@ class Linear(nn.Linear):
         elif self.product is not None:
             output = self.product(input, weight)
         else:
-            return F.linear(input, weight, bias)
+            return linear(input, weight, bias)
         return output if bias is None else output + bias
 
 

@@ -42,9 +42,14 @@ def _existing(*names: str) -> frozenset[Any]:
     return frozenset(found - {None})
 
 
+LINEAR = _existing("mkldnn._linear_pointwise")  # `model/kernels/product.py`
 BATCHED = _existing("aten.bmm", "aten.baddbmm")
 PRODUCTS = (
-    _existing("aten.mm", "aten.addmm", "aten._scaled_mm", "aten._grouped_mm") | BATCHED | joint.KEPT | overlap.KEPT
+    _existing("aten.mm", "aten.addmm", "aten._scaled_mm", "aten._grouped_mm")
+    | LINEAR
+    | BATCHED
+    | joint.KEPT
+    | overlap.KEPT
 )
 ATTENTION = _existing(
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
@@ -186,6 +191,10 @@ def _cost(operation: Any, args: tuple[Any, ...]) -> tuple[int, float]:
         return joint.kept_cost(args)
     if operation in overlap.KEPT:
         return overlap.kept_cost(args)
+    if operation in LINEAR:
+        x, weight = args[:2]
+        size = x.numel() // x.shape[-1] * weight.shape[0]
+        return size * x.element_size(), 2.0 * size * x.shape[-1]
     tensors = [argument for argument in args if isinstance(argument, Tensor)]
     if operation in PRODUCTS:
         a, b = tensors[-2:]

@@ -22,6 +22,7 @@ def chosen_backends() -> dict[str, str]:
     from trainwright.model.kernels.attention import describe as attention
     from trainwright.model.kernels.float8 import describe as float8
     from trainwright.model.kernels.grouped import describe as experts
+    from trainwright.model.kernels.product import describe as products
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     return {
@@ -29,5 +30,6 @@ def chosen_backends() -> dict[str, str]:
         "cross entropy": "chunked, logits never held whole" + (", Triton" if has_triton() else ""),
         "norm": "torch fused" if device.type == "cuda" else "own backward",
         "experts": experts(device),
+        "float32 products on a CPU": products(),
         "train.float8": float8(device),
     }

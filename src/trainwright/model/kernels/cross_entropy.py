@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainwright.model.kernels import has_triton
+from trainwright.model.kernels.product import add_matmul, matmul
 
 IGNORE = -100
 _CHUNK_BYTES = {"cpu": 96 << 20}
@@ -55,7 +56,7 @@ def chunk_rows(rows: int, vocab: int, device_type: str) -> int:
 def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with a float32 result; the matrix unit accumulates in float32 anyway, so nothing is rounded between."""
     if a.dtype == torch.float32:
-        return a @ b
+        return matmul(a, b)
     if a.device.type != "cuda":
         return (a @ b).float()
     if b.shape[1] % ALIGNED == 0:
@@ -170,7 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad is None:
                 continue
             if grad_x is not None:
-                torch.mm(grad, weight_VH, out=grad_x[part]).masked_fill_(~kept[:, None], 0.0)
+                matmul(grad, weight_VH, out=grad_x[part]).masked_fill_(~kept[:, None], 0.0)
             if grad_w is not None:
                 _add_product(grad_w, grad.t(), x)
             del grad
@@ -205,7 +206,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in float32, in place where the device can: a product of its own would be as large as the total,
     and writing, reading and adding it three times the bytes."""
     if a.dtype == torch.float32:
-        total.addmm_(a, b)
+        add_matmul(total, a, b)
     elif _sums_in_place(a.device.type, a.dtype):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainwright.model.kernels.product import linear
+
 
 def has_grouped_mm(x: Tensor) -> bool:
     """Whether torch's grouped kernel takes this: bf16 on CUDA since compute capability 8.0, dims multiples of 8."""
@@ -21,7 +23,7 @@ def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
         offsets = counts_E.cumsum(0).to(torch.int32)
         return F.grouped_mm(x_MI, weight_EOI.transpose(-2, -1), offs=offsets)
     parts = x_MI.split(counts_E.tolist())
-    return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weight_EOI, strict=True)])
+    return torch.cat([linear(part, weight) for part, weight in zip(parts, weight_EOI, strict=True)])
 
 
 def describe(device: torch.device) -> str:
