@@ -102,10 +102,8 @@ class Roofline:
         other way."""
         if not self.program.cast or self.job.fsdp:
             return 0.0, 0.0
-        narrow = self.program.cast
-        return self.move(trained * (self.program.trained + narrow)), self.move(
-            trained * (narrow + self.program.gradient)
-        )
+        narrow, wide, gradient = self.program.cast, self.program.trained, self.program.gradient
+        return self.move(trained * (wide + narrow)), self.move(trained * (narrow + gradient))
 
     def attention(self, backend: str, flops: float, length: float, *, backward: bool) -> float:
         share = self.calibration.attention_share(backend, length, backward=backward)
