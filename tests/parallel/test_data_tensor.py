@@ -97,8 +97,8 @@ def mean_over_ranks() -> Any:
     """FSDP's own habit: gradients are divided by the number of ranks."""
     real = shard._tune
 
-    def tune(model: Any, layers: Any) -> None:
-        real(model, layers)
+    def tune(model: Any, layers: Any, world: Any) -> None:
+        real(model, layers, world)
         for module in shard.fsdp_modules(model):
             module.set_gradient_divide_factor(2.0)
 
