@@ -141,6 +141,7 @@ class Trip:
         # What was sent stays while it is copied, and while the layer runs: its memory could come again, with another
         # tensor of the same key.
         self.sources: list[Tensor] = []
+        self.gone: Any = None  # the last copy out, of one stream that makes them in their order
         self.fetched = False
 
     def pack(self, tensor: Tensor) -> Any:
@@ -183,13 +184,13 @@ class Trip:
         self.host.out.wait_stream(torch.accelerator.current_stream(self.host.device))
         with self.host.out:
             there.copy_(tensor, non_blocking=True)
-            return _Held(there, self.host.out.record_event())
+            self.gone = self.host.out.record_event()
+        return _Held(there, self.gone)
 
     def let_go(self) -> None:
         """Frees what was sent, in the computing stream's order."""
-        if self.host.out is not None and self.held:
-            last = next(reversed(self.held.values()))  # one stream copies all, in this order
-            torch.accelerator.current_stream(self.host.device).wait_event(last.gone)
+        if self.gone is not None:
+            torch.accelerator.current_stream(self.host.device).wait_event(self.gone)
         self.sources.clear()
 
     def fetch(self) -> None:
