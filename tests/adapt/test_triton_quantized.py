@@ -1,17 +1,12 @@
 """The Triton kernels against the plain arithmetic: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1)."""
 
-import os
-
 import pytest
 import torch
 
+from tests.triton_device import INTERPRETED, triton_device
 from trainwright.model.kernels import quantized
 
-triton = pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DEVICE = triton_device()
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,11 @@
 """The rows' Triton kernels against plain torch: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1)."""
 
-import os
-
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+from tests.triton_device import triton_device
+
+DEVICE = triton_device()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
