@@ -16,7 +16,7 @@ from trainwright.model.generate import pad_left, sample
 from trainwright.model.kernels import cross_entropy
 from trainwright.model.kernels.activation import gated
 from trainwright.model.kernels.cross_entropy import VocabShard, linear_cross_entropy, linear_cross_entropy_plain
-from trainwright.model.kernels.grouped import grouped_linear
+from trainwright.model.kernels.grouped import cast_grouped_linear, grouped_linear
 from trainwright.model.kernels.norm import rms_norm, rms_norm_plain
 from trainwright.model.moe import Moe, load_balancing_loss
 
@@ -248,3 +248,31 @@ def test_pad_left() -> None:
     ids, mask = pad_left([[1, 2, 3], [4]], pad_id=9)
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_a_grouped_weight_that_is_cast_again_is_not_kept():
+    """The same products and gradients bit for bit; instead of a narrow copy the weight itself waits."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 16, generator=draw).bfloat16().requires_grad_()
+    weight = torch.randn(3, 8, 16, generator=draw).requires_grad_()
+    counts, upper = torch.tensor([4, 0, 5]), torch.randn(9, 8, generator=draw).bfloat16()
+    found = []
+    for way in (cast_grouped_linear, lambda x, weight, counts: grouped_linear(x, weight.to(x.dtype), counts)):
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = way(x, weight, counts)
+        own = {tensor.untyped_storage().data_ptr() for tensor in (x, weight, counts)}
+        found.append((out, *torch.autograd.grad(out, (x, weight), upper)))
+        assert found[-1][2].dtype == torch.float32
+        copies = sum(size for place, size in kept.items() if place not in own)
+        assert copies == (0 if way is cast_grouped_linear else 2 * weight.numel())
+    for ours, plain in zip(*found, strict=True):
+        assert torch.equal(ours, plain)
+    # torch's grouped kernel, which a CPU has too, takes the same operands for the weight's gradient.
+    offsets = counts.cumsum(0).to(torch.int32)
+    torch.testing.assert_close(F.grouped_mm(upper.t(), x.detach(), offs=offsets).float(), found[0][2])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.parallel.worlds import RankError, run
-from tests.train.small import small_recipe
+from tests.train.small import CONFIG, small_recipe
 from trainwright.train import checkpoint
 from trainwright.train.checkpoint import list_checkpoints
 from trainwright.train.metrics import read_lines
@@ -31,9 +32,30 @@ CHAIN: list[tuple[int, tuple[str, ...]]] = [
 ]
 
 
-def segment(folder: Path, name: str, words: tuple[str, ...], until: int, last: int) -> None:
+SPARSE = CONFIG | {
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+EXPERTS: list[tuple[int, tuple[str, ...]]] = [
+    (2, ("parallel.ep=2",)),  # left out of FSDP
+    (4, ("parallel.ep=2",)),
+    (1, ()),
+    (4, ("parallel.ep=2", "parallel.tp=2")),
+    (2, ("parallel.ep=2", "parallel.offload=optimizer")),
+    (4, ("parallel.ep=4",)),
+]
+
+
+def segment(
+    folder: Path, name: str, words: tuple[str, ...], until: int, last: int, config: dict[str, Any] | None = None
+) -> None:
     """Goes on with a run of `last` steps until step `until`, as one rank of this world."""
-    trainer = Trainer(small_recipe(folder, f"name={name}", *BATCH, f"train.steps={last}", *words), resume=True)
+    recipe = small_recipe(
+        folder, f"name={name}", *BATCH, f"train.steps={last}", *words, model={"config": config or CONFIG}
+    )
+    trainer = Trainer(recipe, resume=True)
     trainer.total_steps = until
     try:
         with StopRequest() as stop:
@@ -60,6 +82,14 @@ def test_every_layout_goes_on_where_another_stopped(tmp_path: Path) -> None:
     expected, found = losses(tmp_path, "straight"), losses(tmp_path, "chain")
     assert len(found) == steps
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_experts_go_on_in_every_layout(tmp_path: Path) -> None:
+    steps = 2 * len(EXPERTS)
+    run(1, segment, tmp_path, "straight", (), steps, steps, SPARSE)
+    for number, (size, words) in enumerate(EXPERTS, 1):
+        run(size, segment, tmp_path, "chain", words, 2 * number, steps, SPARSE)
+    assert losses(tmp_path, "chain") == pytest.approx(losses(tmp_path, "straight"), rel=1e-5)
 
 
 @pytest.mark.parametrize("words", [("parallel.tp=2", "parallel.zero=2"), ("parallel.pp=2",)], ids="-".join)

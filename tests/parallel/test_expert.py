@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from tests.parallel import models
 from tests.parallel.test_mutants import replaced
@@ -17,6 +18,7 @@ from tests.parallel.worlds import run, world_of
 from trainwright.model.config import MoeConfig
 from trainwright.model.moe import Experts, Moe
 from trainwright.model.transformer import Transformer
+from trainwright.parallel import shard
 from trainwright.parallel.apply import parallelize
 from trainwright.parallel.expert import Journey, apply_experts, line_up
 from trainwright.parallel.layout import Layout
@@ -168,3 +170,43 @@ def test_nothing_is_dropped():
         out, statistics = moe(torch.ones(1, 64, 8))
     assert statistics[1].tolist() == [0, 0, 64, 0]
     assert out.abs().sum(-1).min() > 0
+
+
+def left_out(layout: Layout, settings: dict[str, Any]) -> tuple[bool, Any, Any]:
+    """(whether FSDP has this rank's experts, all gradients, all gradients where it has)."""
+    world, recipe, found = world_of(layout), ParallelRecipe(ep=layout.ep, tp=layout.tp, **settings), []
+    for alone in (shard.experts_alone, lambda _: False):
+        with replaced(shard, "experts_alone", alone):
+            model = Transformer(models.build("mixtral", 2))
+            model.init_weights(3)
+            parallelize(model, world, recipe, precision="bf16", compile_layers=False, seq_len=32)
+        for seed in range(2):  # micro batches
+            batch = models.batches(1, 1, 32, seed=2 * world.rank // layout.tp + seed)[0]
+            shard.begin_micro_batch(model, world, last=seed == 1)
+            model(**models.inputs(batch, "mixtral")).loss_sum.backward()
+        grads: Any = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
+        assert {grad.dtype for grad in grads.values()} == {torch.float32}
+        found.append(
+            (any(isinstance(part, FSDPModule) for part in model.modules() if isinstance(part, Experts)), grads)
+        )
+    assert found[1][0]
+    return found[0][0], found[0][1], found[1][1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings", "kept"),
+    [
+        (Layout(world_size=2, ep=2), {}, False),
+        (Layout(world_size=2, ep=2), {"recompute": "selective"}, False),
+        (Layout(world_size=4, ep=2, tp=2), {"recompute": "full"}, False),
+        (Layout(world_size=4, ep=2), {}, True),
+        (Layout(world_size=2, ep=2, zero=2), {"zero": 2}, True),
+        (Layout(world_size=2, ep=2), {"offload": "optimizer"}, True),
+    ],
+    ids=str,
+)
+def test_experts_of_one_rank_are_left_out_of_fsdp(layout, settings, kept):
+    """Gradients are those that FSDP gives, bit for bit."""
+    for has, ours, theirs in run(layout.world_size, left_out, layout, settings):
+        assert has == kept
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -138,20 +138,19 @@ def one_rank_of_experts() -> Any:
 
 def experts_without_gradients_of_weights() -> Any:
     """The gradients of a choice's weight do not come back from the experts' rank."""
-    real = expert.Journey._letters
-    return replaced(expert.Journey, "_letters", lambda *args: real(*args).detach())
+    real = expert.weights_back
+    return replaced(expert, "weights_back", lambda letters_NC, *line: real(torch.zeros_like(letters_NC), *line))
 
 
 def own_experts_weights_only() -> Any:
     """They come back from this rank's own experts, not from others."""
 
-    def letters(self: Any, mine_MRC: Tensor, weights_MC: Tensor, chosen_MC: Tensor) -> Tensor:
-        found = real(self, mine_MRC, weights_MC, chosen_MC)
-        own = torch.arange(self.group.size())[:, None] == self.group.rank()
-        return torch.where(own, found, found.detach())
+    def weights_back(letters_NC: Tensor, order_N: Tensor, places_MR: Tensor) -> Tensor:
+        own_N = order_N % places_MR.shape[1] == torch.distributed.get_rank()
+        return real(letters_NC * own_N[:, None], order_N, places_MR)
 
-    real = expert.Journey._letters
-    return replaced(expert.Journey, "_letters", letters)
+    real = expert.weights_back
+    return replaced(expert, "weights_back", weights_back)
 
 
 def scattered_without_a_sum() -> Any:

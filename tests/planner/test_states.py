@@ -1,5 +1,7 @@
 """Weights, gradients and optimizer states: predicted and really allocated bytes are equal, on every rank."""
 
+import math
+
 import pytest
 
 from tests.parallel.models import MODELS
@@ -7,6 +9,7 @@ from tests.parallel.parity import Case
 from tests.parallel.worlds import run
 from tests.planner.real import allocated, job_of, predicted, tree
 from trainwright.parallel.layout import Layout
+from trainwright.planner.states import alone_elements, group_elements, is_expert, local_shape, whole_elements
 
 FAMILIES = [
     "llama",
@@ -131,3 +134,27 @@ def test_optimizers_on_every_rank_of_a_layout(optimizer, layout):
     job = job_of(case, tree(case), optimizer=optimizer)
     for rank, found in enumerate(run(layout.world_size, allocated, case, optimizer)):
         check(job, found, rank)
+
+
+@pytest.mark.parametrize(
+    ("layout", "alone"),
+    [
+        (Layout(2, ep=2), True),
+        (Layout(4, ep=2, tp=2), True),
+        (Layout(4, ep=2), False),
+        (Layout(4, ep=2, dp_replicate=2), False),
+        (Layout(2, ep=2, zero=2), False),
+        (Layout(4, ep=2, pp=2), False),
+    ],
+    ids=str,
+)
+def test_experts_that_no_other_rank_holds_are_not_gathered(layout, alone):
+    """By the rule of `parallel/shard.py`."""
+    case = Case("mixtral", layout)
+    job = job_of(case, tree(case), precision="bf16")
+    group = job.groups(job.stages[-1])[-1]
+    experts = sum(math.prod(local_shape(job, item)) for item in group.parameters if is_expert(item))
+    assert experts > 0
+    assert job.experts_alone == alone
+    assert sum(alone_elements(job, group)) == (experts if alone else 0)
+    assert group_elements(job, group) + (experts if alone else 0) == whole_elements(job, group.parameters)

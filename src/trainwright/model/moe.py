@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainwright.model.config import ExpertsConfig, LinearConfig, MoeConfig
 from trainwright.model.kernels.activation import activate, gated
-from trainwright.model.kernels.grouped import grouped_linear
+from trainwright.model.kernels.grouped import cast_grouped_linear, grouped_linear
 from trainwright.model.kernels.rows import inverse, mix, spread
 from trainwright.model.linear import build_linear
 
@@ -19,11 +19,16 @@ from trainwright.model.linear import build_linear
 class StackedLinear(nn.Module):
     """E bias-free linear layers, weight [E, O, I]."""
 
+    # Set from outside: a weight that is cast is cast once more in the backward pass, and its copy not kept.
+    cast_again = False
+
     def __init__(self, linear: LinearConfig, num_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, linear.out_features, linear.in_features))
 
     def forward(self, x_MI: Tensor, counts_E: Tensor) -> Tensor:
+        if self.cast_again and self.weight.dtype != x_MI.dtype:
+            return cast_grouped_linear(x_MI, self.weight, counts_E)
         return grouped_linear(x_MI, self.weight.to(x_MI.dtype), counts_E)
 
 

@@ -31,26 +31,27 @@ def _wait(tensor: Tensor) -> Tensor:
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.receive, ctx.send, ctx.group = receive, send, group
-        return _wait(_functional.all_to_all_single(x.contiguous(), receive, send, group.group_name))
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return exchange(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return (
-            _wait(_functional.all_to_all_single(grads[0].contiguous(), ctx.send, ctx.receive, ctx.group.group_name)),
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return exchange(grads[0], ctx.group), None
 
 
-def all_to_all(
-    x: Tensor, group: dist.ProcessGroup, *, receive: list[int] | None = None, send: list[int] | None = None
+def exchange(
+    x: Tensor, group: dist.ProcessGroup, *, send: list[int] | None = None, receive: list[int] | None = None
 ) -> Tensor:
-    """Rows of x (dim 0) to their ranks: `send[r]` rows to rank r, `receive[r]` rows from it; equal parts by default."""
+    """Without a gradient: `send[r]` rows of x to rank r, `receive[r]` rows from it; equal parts by default."""
     even = [x.shape[0] // group.size()] * group.size()
-    return _AllToAll.apply(x, receive or even, send or even, group)
+    return _wait(_functional.all_to_all_single(x.contiguous(), receive or even, send or even, group.group_name))
+
+
+def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows of x (dim 0) to their ranks, in equal parts."""
+    made: Tensor = _AllToAll.apply(x, group)
+    return made
 
 
 class _AllGather(torch.autograd.Function):

@@ -15,17 +15,20 @@ Names: M tokens with C choices each, R ranks, N rows that leave or, on the other
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from trainwright.model.kernels.rows import collect, spread
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
-from trainwright.parallel.collectives import all_to_all
+from trainwright.parallel.collectives import exchange
 from trainwright.parallel.local import View, distribute, view_locally
 from trainwright.parallel.tensor import OUTSIDE, TABLE, Rule, with_scales
 
@@ -68,33 +71,108 @@ class Journey:
 
     @torch.compiler.disable  # each step has other numbers of rows, and each would be compiled anew
     def __call__(self, x_MH: Tensor, weights_MC: Tensor, chosen_MC: Tensor) -> Tensor:
-        rank_R = torch.arange(self.group.size(), device=x_MH.device)
-        mine_MRC = (chosen_MC // self.own)[:, None] == rank_R[:, None]
-        letters_MRD = self._letters(mine_MRC, weights_MC, chosen_MC)
-        order, places_MR = line_up(mine_MRC.any(-1))
-        leave, come, choices = self._announce(mine_MRC)
-        order_N = order[: sum(leave)]
-        arrived_NH = all_to_all(spread(x_MH, order_N, places_MR), self.group, send=leave, receive=come)
-        letters_ND = spread(letters_MRD.flatten(0, 1), order_N, places_MR.view(-1, 1))
-        letters_ND = all_to_all(letters_ND, self.group, send=leave, receive=come)
-        weights_NC, chosen_NC = letters_ND.chunk(2, -1)
-        mixed_NH = self.inner(arrived_NH, weights_NC, chosen_NC.detach().long(), choices)
-        back_NH = all_to_all(mixed_NH, self.group, send=come, receive=leave)
-        return collect(back_NH, order_N, places_MR)
-
-    def _letters(self, mine_MRC: Tensor, weights_MC: Tensor, chosen_MC: Tensor) -> Tensor:
-        """[M, ranks, 2 C], what goes with a row to each rank: the weights, 0 for choices of other ranks, whose
-        gradients come back the same way; then that rank's numbers of the experts, as floats, `own` for none."""
-        numbers_MRC = torch.where(mine_MRC, (chosen_MC % self.own)[:, None], self.own).to(weights_MC.dtype)
-        return torch.cat([torch.where(mine_MRC, weights_MC[:, None], 0.0), numbers_MRC], -1)
+        with torch.no_grad():
+            rank_R = torch.arange(self.group.size(), device=x_MH.device)
+            mine_MRC = (chosen_MC // self.own)[:, None] == rank_R[:, None]
+            order, places_MR = line_up(mine_MRC.any(-1))
+            leave, come, choices = self._announce(mine_MRC)
+        route, line = Route(leave, come, self.group), (order[: sum(leave)], places_MR)
+        arrived_NH, weights_NC, chosen_NC = _Depart.apply(x_MH, weights_MC, chosen_MC, *line, route, self.own)
+        return _Return.apply(self.inner(arrived_NH, weights_NC, chosen_NC, choices), *line, route)
 
     def _announce(self, mine_MRC: Tensor) -> tuple[list[int], list[int], int]:
         """Rows that go to each rank and that come from each, and how many choices come with them all."""
-        leave_R2 = torch.stack([mine_MRC.any(-1).sum(0), mine_MRC.sum((0, 2))], 1)
+        choices_MR = mine_MRC.sum(-1)
+        leave_R2 = torch.stack([choices_MR.sign().sum(0), choices_MR.sum(0)], 1)
         come_R2 = torch.empty_like(leave_R2)
         dist.all_to_all_single(come_R2, leave_R2, group=self.group)
-        leave, come, choices = torch.stack([leave_R2[:, 0], *come_R2.T]).tolist()  # the one wait for the device
-        return leave, come, sum(choices)
+        numbers = torch.cat([leave_R2, come_R2], 1).tolist()  # the one wait for the device
+        leave, _, come, choices = zip(*numbers, strict=True)
+        return list(leave), list(come), sum(choices)
+
+
+@dataclass(frozen=True)
+class Route:
+    """How many rows leave for each rank, and how many come from it."""
+
+    leave: list[int]
+    come: list[int]
+    group: dist.ProcessGroup
+
+    def out(self, rows: Tensor) -> Tensor:
+        return exchange(rows, self.group, send=self.leave, receive=self.come)
+
+    def back(self, rows: Tensor) -> Tensor:
+        return exchange(rows, self.group, send=self.come, receive=self.leave)
+
+
+# The journey is never compiled, and its host's time counts: one node each way, exchange and gathers together.
+
+
+class _Depart(torch.autograd.Function):
+    """Each row in one piece with its letter: its weights, and the numbers of its experts as floats. The weights of
+    other ranks' experts arrive as 0, the numbers as `own`; the weights' gradients come back with those of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MH: Tensor,
+        weights_MC: Tensor,
+        chosen_MC: Tensor,
+        order_N: Tensor,
+        places_MR: Tensor,
+        route: Route,
+        own: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(x_MH.dtype, torch.float32)  # it holds every number of an expert
+        ctx.save_for_backward(order_N, places_MR)
+        ctx.route, ctx.wide, ctx.of_weights = route, wide, weights_MC.dtype
+        packed = pack(x_MH, torch.cat([weights_MC.to(wide), chosen_MC.to(wide)], 1))
+        arrived_NH, letters_ND = unpack(route.out(spread(packed, order_N, places_MR)), x_MH.shape[1], wide)
+        weights_NC, numbers_NC = letters_ND.chunk(2, 1)
+        chosen_NC = numbers_NC.long() - own * route.group.rank()
+        here_NC = (chosen_NC >= 0) & (chosen_NC < own)
+        chosen_NC = torch.where(here_NC, chosen_NC, own)
+        ctx.mark_non_differentiable(chosen_NC)
+        return arrived_NH, torch.where(here_NC, weights_NC, 0.0), chosen_NC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        order_N, places_MR = ctx.saved_tensors
+        rows_NH, letters_NC = unpack(ctx.route.back(pack(*grads[:2])), grads[0].shape[1], ctx.wide)
+        of_x = collect(rows_NH, order_N, places_MR) if ctx.needs_input_grad[0] else None
+        return of_x, weights_back(letters_NC, order_N, places_MR).to(ctx.of_weights), None, None, None, None, None
+
+
+class _Return(torch.autograd.Function):
+    """One row for each that came, and their sum where it belongs."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed_NH: Tensor, order_N: Tensor, places_MR: Tensor, route: Route) -> Tensor:
+        ctx.save_for_backward(order_N, places_MR)
+        ctx.route = route
+        return collect(route.back(mixed_NH), order_N, places_MR)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.route.out(spread(grads[0], *ctx.saved_tensors)), None, None, None
+
+
+def pack(rows: Tensor, letters: Tensor) -> Tensor:
+    """Bit for bit in the rows' type, which is no wider than that of the letters."""
+    return torch.cat([rows, letters.contiguous().view(rows.dtype)], 1)
+
+
+def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(the rows, a view; the letters, a copy, so that keeping them keeps no rows)."""
+    return packed[:, :width], packed[:, width:].clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+def weights_back(letters_NC: Tensor, order_N: Tensor, places_MR: Tensor) -> Tensor:
+    """The gradients of a token's weights [M, C]: of each rank those of its experts, 0 of the others."""
+    return collect(letters_NC, order_N, places_MR)
 
 
 def line_up(reach_MR: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from trainwright.errors import UserError
-from trainwright.model.moe import Experts, Moe
+from trainwright.model.moe import Experts, Moe, StackedLinear
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.mesh import World
 from trainwright.parallel.reduce import Reduce
@@ -42,6 +42,9 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     place = CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if offload else OffloadPolicy()
     regather = world.layout.zero == 3 and not keep_gathered
+    # Where they would be gathered once for many micro batches, that is one cast for all of them; in host memory FSDP
+    # brings them.
+    alone = _leave_alone(model) if regather and not offload and experts_alone(world) else set()
 
     def cut(modules: Any, *, experts: bool = False, regather: bool = regather) -> None:
         mesh = world.fsdp_mesh(experts)
@@ -53,11 +56,12 @@ def apply_fsdp(
             # Experts take their rows as they are, and the weights of their sums in float32.
             mp_policy=replace(policy, cast_forward_inputs=False) if experts else policy,
             offload_policy=place,
+            ignored_params=alone,
         )
 
     layers = list((model.layers or {}).values())
     for layer in layers:
-        if world.layout.ep > 1 and isinstance(layer.mlp, Moe):
+        if world.layout.ep > 1 and isinstance(layer.mlp, Moe) and not alone:
             cut(layer.mlp.experts, experts=True)
         cut(layer)
     if model.embed_tokens is not None and not model.config.lm_head.tied:
@@ -69,6 +73,21 @@ def apply_fsdp(
         cut(last, regather=False)  # its backward comes at once
     cut(model, regather=False)
     _tune(model, layers, world)
+
+
+def experts_alone(world: World) -> bool:
+    """Whether no other rank holds the experts of this one."""
+    return world.layout.ep > 1 and world.fsdp_mesh(experts=True).size() == 1
+
+
+def _leave_alone(model: Transformer) -> set[nn.Parameter]:
+    """The weights of this rank's experts, which FSDP would gather from itself, layer by layer, and whose gradients it
+    would sum over one rank: copies and host time. They are cast where they are used instead, forward and backward."""
+    stacks = [experts for experts in model.modules() if isinstance(experts, Experts)]
+    for part in (part for experts in stacks for part in experts.modules()):
+        if isinstance(part, StackedLinear):
+            part.cast_again = True
+    return {parameter for experts in stacks for parameter in experts.parameters()}
 
 
 def _other_dim(parameter: nn.Parameter, ranks: int) -> Shard | None:

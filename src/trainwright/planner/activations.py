@@ -214,11 +214,11 @@ def _experts(job: Job, part: MoeConfig, path: str, found: LayerActivations) -> i
     found.add("router", job.tokens * (part.experts.num_experts * 4 + 8) + rows * (3 * 8 + 2 * 4))
     ep = job.layout.ep
     if ep > 1 and job.program.rows_once:
-        # Instead of the last three: which rank has what, and where in line; with each row that has come, of every
-        # choice, here or not, number, place, weight and expert. Exchanges are results too, there and back.
+        # Instead of the last three: where in line; with each row that has come, of every choice, here or not, number,
+        # place and weight. Exchanges are results too, there and back.
         came = job.rows_sent(part)
-        found.add("router", job.tokens * ep * (2 * 8 + part.top_k) - rows * (2 * 8 + 4))
-        found.add("router", came * part.top_k * (2 * 8 + 2 * 4))
+        found.add("router", job.tokens * ep * 2 * 8 - rows * (2 * 8 + 4))
+        found.add("router", came * part.top_k * (2 * 8 + 4))
         found.results += int(2 * came * hidden * compute)
     # Rows as the experts read them, and as they come out.
     found.add("experts", 2 * rows * hidden * compute + inner * _inner(job, part.experts))

@@ -174,6 +174,15 @@ class Job:
         return (self.layout.world_size > 1 or self.states_in_host) and self.program.weights_sharded_from == 1
 
     @property
+    def experts_alone(self) -> bool:
+        """Whether FSDP leaves a rank's experts out, which no other rank holds: they are cast where they are used."""
+        layout = self.layout
+        held_once = (
+            self.program.experts_alone and layout.ep > 1 and layout.ep == self.shards and layout.dp_replicate == 1
+        )
+        return self.fsdp and held_once and layout.zero == 3 and layout.pp == 1 and not self.states_in_host
+
+    @property
     def copies(self) -> bool:
         """Whether copy engines move shards: those of ranks in one machine."""
         inside = self.shards * self.layout.tp <= self.cluster.gpus_per_node

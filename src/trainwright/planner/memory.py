@@ -18,6 +18,7 @@ from trainwright.planner.job import Job, Stage
 from trainwright.planner.program import HEAD_SLICE, HEAD_TILE, ROUNDED_AT_ONCE, chunk_tokens
 from trainwright.planner.states import (
     States,
+    alone_elements,
     group_bytes,
     group_elements,
     group_states,
@@ -241,7 +242,10 @@ class _Walk:
         if not self.job.fsdp and self.job.shards == 1:
             return 0
         reduced = 0 if _summed_once(self.job) else self.program.reducing_layers * self.program.reduce
-        return int(self._largest_layer(trained=True) * (self.program.compute + reduced))
+        # Experts that no other rank holds: one matrix's gradient, as the product leaves it and as it is kept.
+        alone = max((size for group in self.groups for size in alone_elements(self.job, group)), default=0)
+        made = alone * (self.program.cast + self.program.gradient)
+        return int(self._largest_layer(trained=True) * (self.program.compute + reduced)) + made
 
     # ---- moments
 

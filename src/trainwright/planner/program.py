@@ -140,6 +140,8 @@ class Program:
     rows_once: bool = False
     """Whether a token's row goes once to each rank that has any of its experts (`parallel/expert.py`), or once for each
     of them, and is put in their order where it arrives: 10 passes more."""
+    experts_alone: bool = False
+    """Whether FSDP leaves out experts that no other rank holds (`parallel/shard.py`)."""
     scores_traffic: float = 0.0
     """The same of attention scores; 0 for flash."""
     logits_aligned: bool = True
@@ -230,6 +232,7 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         # read for the gradient of the tokens (a third less than these kernels took); and the copies as measured.
         row_passes=18.0,
         rows_once=True,
+        experts_alone=True,
         logits_traffic=34.0 if cpu else 18.0,
         head_traffic=12.0 if cpu and compute != 4 else 8.0,
         # `triton_quantized.py` reaches 2.5 to 3.5 TB/s of an H200's 4.3; `triton_adamw8bit.py` looks 18 numbers up for

@@ -14,7 +14,14 @@ from trainwright.planner.activations import kept_levels, mean_held
 from trainwright.planner.collectives import Wires
 from trainwright.planner.hardware import GIGA, TERA
 from trainwright.planner.job import Job, LayerGroup, Stage
-from trainwright.planner.states import group_bytes, group_elements, stage_states, whole_bytes, whole_elements
+from trainwright.planner.states import (
+    alone_elements,
+    group_bytes,
+    group_elements,
+    stage_states,
+    whole_bytes,
+    whole_elements,
+)
 from trainwright.planner.work import Work, head_work, kind_work, kv_width
 
 EXPERTS_COUNTED, EXPERTS_UNEVEN = 5e-3, 0.15
@@ -189,7 +196,7 @@ class _StageTime:
             parts["recompute"] = again
         parts["activations to host"] = self._host_travel(work, group.layer)
         trained = group_elements(self.job, group, trained=True)
-        parts["gradients added up"] = self._adding_up(trained)
+        parts["gradients added up"] = self._adding_up(trained, sum(alone_elements(self.job, group)))
         inner_forward, inner_backward = self._activations_travel()
         size = group_bytes(self.job, group)
         out, back = self._buffered(size, trained)
@@ -232,12 +239,12 @@ class _StageTime:
         again += of_input * work.device[0]
         return (again + (inner if tile is not None and tile < job.tokens else 0.0)) * self.program.recompute
 
-    def _adding_up(self, trained: int) -> float:
+    def _adding_up(self, trained: int, alone: int) -> float:
         """Seconds in which a micro batch's gradients are added to those that wait: both are read, the sum is written.
-        The step's first micro batch finds none."""
+        The step's first micro batch finds none. alone: of those, what no rank shares."""
         job, program = self.job, self.program
         if job.layout.zero >= program.gradients_sharded_from:
-            trained = -(-trained // job.shards)
+            trained = -(-trained // job.shards) + alone
         bandwidth = job.cluster.card.bandwidth * GIGA * job.calibration.bandwidth
         return 3 * trained * program.gradient / bandwidth * (job.accumulation - 1) / job.accumulation
 

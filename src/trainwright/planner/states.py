@@ -149,14 +149,24 @@ def group_states(job: Job, group: LayerGroup, rank: Rank = FIRST) -> States:
 
 
 def group_elements(job: Job, group: LayerGroup, *, trained: bool = False) -> int:
-    """`whole_elements` of one layer of a kind."""
+    """`whole_elements` of what FSDP has of one layer of a kind."""
     key = ("elements", group.layer, trained)
-    return job.once(key, lambda: whole_elements(job, group.parameters, trained=trained))
+    return job.once(key, lambda: whole_elements(job, _shared(job, group), trained=trained))
 
 
 def group_bytes(job: Job, group: LayerGroup) -> int:
-    """`whole_bytes` of one layer of a kind."""
-    return job.once(("bytes", group.layer), lambda: whole_bytes(job, group.parameters))
+    """`whole_bytes` of what FSDP has of one layer of a kind."""
+    return job.once(("bytes", group.layer), lambda: whole_bytes(job, _shared(job, group)))
+
+
+def _shared(job: Job, group: LayerGroup) -> list[Parameter]:
+    return [item for item in group.parameters if not (job.experts_alone and is_expert(item))]
+
+
+def alone_elements(job: Job, group: LayerGroup) -> list[int]:
+    """Of each trained matrix of experts that FSDP leaves out."""
+    alone = [item for item in group.parameters if job.experts_alone and is_expert(item) and item.trained]
+    return [math.prod(local_shape(job, item)) for item in alone]
 
 
 def sum_states(job: Job, items: Iterable[Parameter], rank: Rank = FIRST) -> States:

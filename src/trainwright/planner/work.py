@@ -97,13 +97,14 @@ class Roofline:
         size = groups * (rows * depth + depth * columns + rows * columns) * self.program.compute
         return max(self.matmul(rows * groups, depth, columns) / GROUPED, size / self.bandwidth)
 
-    def casts(self, trained: float) -> Seconds:
+    def casts(self, trained: float, *, alone: bool = False) -> Seconds:
         """Where one process casts float32 weights as it uses them: weights are read and written narrower, gradients the
-        other way."""
-        if not self.program.cast or self.job.fsdp:
+        other way. alone: experts that FSDP leaves out, cast once more in the backward pass."""
+        if not self.program.cast or (self.job.fsdp and not alone):
             return 0.0, 0.0
         narrow, wide, gradient = self.program.cast, self.program.trained, self.program.gradient
-        return self.move(trained * (wide + narrow)), self.move(trained * (narrow + gradient))
+        forward = self.move(trained * (wide + narrow))
+        return forward, self.move(trained * (narrow + gradient)) + (forward if alone else 0.0)
 
     def attention(self, backend: str, flops: float, length: float, *, backward: bool) -> float:
         share = self.calibration.attention_share(backend, length, backward=backward)
@@ -245,7 +246,7 @@ def _experts(job: Job, roofline: Roofline, work: Work, part: MoeConfig, path: st
         one = roofline.grouped(each, *shape, experts)
         work.add("experts", (one, one * (2 if trained else 1)))
         if trained:
-            work.add("weights' casts", roofline.casts(experts * shape[0] * shape[1]))
+            work.add("weights' casts", roofline.casts(experts * shape[0] * shape[1], alone=job.experts_alone))
         flops = 2 * rows * shape[0] * shape[1]
         work.count(flops, flops * (2 if trained else 1))
     hidden = part.gate.in_features

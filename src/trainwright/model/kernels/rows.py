@@ -9,6 +9,7 @@ is the number that stands there, places_MC[m, c] its place; a choice without one
 """
 
 # No `from __future__ import annotations`: torch reads the operations' schemas from these annotations.
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -26,19 +27,43 @@ def inverse(order: Tensor) -> Tensor:
     return places.scatter_(0, order, torch.arange(order.numel(), device=order.device, dtype=order.dtype))
 
 
-# Operations of their own, with registered gradients: in a compiled layer that is to compute it again, torch 2.11 keeps
-# what an autograd.Function makes, and these rows are C times the stream.
-
-
-@custom_op("trainwright::spread_rows", mutates_args=())
 def spread(x_MH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
     """[R, H]: each token's row in the places of its choices."""
+    made: Tensor = _way(spread_op, _Spread, _spread)(x_MH, order_R, places_MC)
+    return made
+
+
+def collect(x_RH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
+    """[M, H]: the sum of each token's rows, in float32 until it is whole."""
+    made: Tensor = _way(collect_op, _Collect, _collect)(x_RH, order_R, places_MC)
+    return made
+
+
+def mix(x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
+    """[M, H]: each token's rows by their weights, summed in float32. The weights may have another type."""
+    made: Tensor = _way(mix_op, _Mix, _mix)(x_RH, weights_MC, order_R, places_MC)
+    return made
+
+
+def _way(operation: Any, function: Any, plain: Any) -> Callable[..., Any]:
+    """Compiled, they are operations of their own, with registered gradients: in a layer that is to compute it again,
+    torch 2.11 keeps what an autograd.Function makes, and these rows are C times the stream. Elsewhere Functions, which
+    take half of the host's time."""
+    if torch.compiler.is_compiling():
+        made: Callable[..., Any] = operation
+    else:
+        made = function.apply if torch.is_grad_enabled() else plain
+    return made
+
+
+# ---- what they do
+
+
+def _spread(x_MH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
     return x_MH[order_R // places_MC.shape[1]]
 
 
-@custom_op("trainwright::collect_rows", mutates_args=())
-def collect(x_RH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
-    """[M, H]: the sum of each token's rows, in float32 until it is whole."""
+def _collect(x_RH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
     if kernels := _kernels(x_RH):
         return kernels.sums(x_RH, None, places_MC)
     rows = x_RH.shape[0]
@@ -46,17 +71,14 @@ def collect(x_RH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
     return F.embedding_bag(places_MC.clamp(max=rows), padded_RH, mode="sum", padding_idx=rows)
 
 
-@custom_op("trainwright::mix_rows", mutates_args=())
-def mix(x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
-    """[M, H]: each token's rows by their weights, summed in float32. The weights may have another type."""
+def _mix(x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
     if kernels := _kernels(x_RH):
         return kernels.sums(x_RH, weights_MC, places_MC)
     parts_MCH = _rows_at(x_RH, places_MC).to(_wide(x_RH))
     return (parts_MCH * weights_MC[..., None]).sum(1).to(x_RH.dtype)
 
 
-@custom_op("trainwright::mix_rows_backward", mutates_args=())
-def mix_backward(
+def _mix_backward(
     grad_MH: Tensor, x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_MC: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `mix`'s rows and of its weights; 0 for a weight of no row."""
@@ -90,25 +112,30 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# ---- their shapes and gradients ----
+# ---- as operations and as Functions
+
+spread_op = custom_op("trainwright::spread_rows", _spread, mutates_args=())
+collect_op = custom_op("trainwright::collect_rows", _collect, mutates_args=())
+mix_op = custom_op("trainwright::mix_rows", _mix, mutates_args=())
+mix_backward_op = custom_op("trainwright::mix_rows_backward", _mix_backward, mutates_args=())
 
 
-@spread.register_fake
+@spread_op.register_fake
 def _(x_MH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
     return x_MH.new_empty(order_R.shape[0], x_MH.shape[1])
 
 
-@collect.register_fake
+@collect_op.register_fake
 def _(x_RH: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
     return x_RH.new_empty(places_MC.shape[0], x_RH.shape[1])
 
 
-@mix.register_fake
+@mix_op.register_fake
 def _(x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_MC: Tensor) -> Tensor:
     return x_RH.new_empty(places_MC.shape[0], x_RH.shape[1])
 
 
-@mix_backward.register_fake
+@mix_backward_op.register_fake
 def _(grad_MH: Tensor, x_RH: Tensor, weights_MC: Tensor, order_R: Tensor, places_MC: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_RH), torch.empty_like(weights_MC)
 
@@ -130,9 +157,40 @@ def _of_collect(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _of_mix(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *mix_backward(grad, *ctx.saved_tensors), None, None
+    made = mix_backward_op if torch.compiler.is_compiling() else _mix_backward
+    return *made(grad, *ctx.saved_tensors), None, None
 
 
-spread.register_autograd(_of_spread, setup_context=_keep_places)
-collect.register_autograd(_of_collect, setup_context=_keep_places)
-mix.register_autograd(_of_mix, setup_context=_keep_all)
+spread_op.register_autograd(_of_spread, setup_context=_keep_places)
+collect_op.register_autograd(_of_collect, setup_context=_keep_places)
+mix_op.register_autograd(_of_mix, setup_context=_keep_all)
+
+
+# With a setup_context of its own, a Function would look at its signature in every call, 10 us.
+
+
+class _Spread(torch.autograd.Function):
+    backward = staticmethod(_of_spread)
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _keep_places(ctx, inputs, made := _spread(*inputs))
+        return made
+
+
+class _Collect(torch.autograd.Function):
+    backward = staticmethod(_of_collect)
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _keep_places(ctx, inputs, made := _collect(*inputs))
+        return made
+
+
+class _Mix(torch.autograd.Function):
+    backward = staticmethod(_of_mix)
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _keep_all(ctx, inputs, made := _mix(*inputs))
+        return made
