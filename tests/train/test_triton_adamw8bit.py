@@ -4,20 +4,22 @@ import pytest
 import torch
 
 from tests.triton_device import triton_device
-from trainwright.train.adamw8bit import _new_state, _update_plain, decompress
+from trainwright.train.adamw8bit import _new_state, _update_plain, borders, code, decompress
 
 DEVICE = triton_device()
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 
-SHAPES = [(64, 256), (30, 300), (4, 20, 70), (5000,)]
+from trainwright.train.triton_adamw8bit import _code, _value, update  # noqa: E402
+
+SHAPES = [(64, 256), (30, 300), (4, 20, 70), (5000,), (500, 64), (700, 8)]
 
 
 @pytest.mark.parametrize("guard", [None, 0.0, 1.0])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_kernel_is_the_plain_arithmetic(weights, guard):
     """Parameters of several shapes at once, one with a gradient that is not contiguous, one of another type."""
-    from trainwright.train.triton_adamw8bit import update
-
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape):
@@ -47,3 +49,25 @@ def test_kernel_is_the_plain_arithmetic(weights, guard):
             one, other = (decompress(state[key], state[f"{key}_scale"], signed) for state in (ours, theirs))
             torch.testing.assert_close(one, other, atol=0.02 * one.abs().max().item() + 1e-12, rtol=0)
             torch.testing.assert_close(ours[f"{key}_scale"], theirs[f"{key}_scale"])
+
+
+@triton.jit
+def _both(shares, codes, numbers, found, SIGNED: tl.constexpr, SIZE: tl.constexpr):
+    lane = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(found + lane, _code(tl.load(shares + lane), SIGNED))
+    tl.store(numbers + lane, _value(tl.load(codes + lane), SIGNED))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_by_arithmetic_are_those_of_the_table(signed):
+    """Every code's number to float32's last digits, and the nearest code of every share."""
+    table, edges = code(signed, DEVICE), borders(signed, DEVICE)
+    spread = 10 ** (8 * torch.rand(4096, generator=torch.Generator().manual_seed(0)).to(DEVICE) - 8)
+    near = torch.cat([edges * (1 - 1e-5), edges * (1 + 1e-5), table, spread, spread.new_tensor([0.0, 1.0, 1e-30])])
+    shares = torch.cat([near, -near]) if signed else near.clamp(min=0)
+    shares = torch.cat([shares, shares.new_zeros(-len(shares) % 1024)]).clamp(-1, 1)
+    codes = (torch.arange(len(shares), device=DEVICE) % 256).int()
+    numbers, found = torch.empty_like(shares), torch.empty_like(codes)
+    _both[(len(shares) // 1024,)](shares, codes, numbers, found, SIGNED=signed, SIZE=1024)
+    torch.testing.assert_close(numbers, table[codes.long()], rtol=1e-6, atol=0)
+    assert torch.equal(found, torch.bucketize(shares, edges, out_int32=True))

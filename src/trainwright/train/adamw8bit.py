@@ -84,7 +84,9 @@ class AdamW8bit(Optimizer):
             if not trained:
                 continue
             steps = [self.state[parameter]["step"] for parameter in trained]
-            torch._foreach_add_(steps, 1.0 if self.found_inf is None else 1.0 - self.found_inf)
+            # A list: one tensor for all would be read by the host, which would wait for the whole backward pass.
+            one = torch.ones_like(steps[0]) if self.found_inf is None else 1.0 - self.found_inf
+            torch._foreach_add_(steps, [one] * len(steps))
             self._update(trained, group)
 
     def _update(self, trained: list[Tensor], group: dict[str, Any]) -> None:
