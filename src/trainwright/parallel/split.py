@@ -96,8 +96,11 @@ def check_micro_batches(schedule: Schedule, pp: int, count: int) -> None:
 
 def away_layers(count: int, share: float) -> list[int]:
     """Which of `count` layers keep their activations in host memory: this share of them, evenly spread; never the last,
-    whose backward pass comes at once."""
-    return [number for number in range(count - 1) if int((number + 1) * share + 1e-9) > int(number * share + 1e-9)]
+    whose backward pass comes at once, nor where others can go the one before it, which has one layer's time to return.
+    """
+    away = [number for number in range(count - 1) if int((number + 1) * share + 1e-9) > int(number * share + 1e-9)]
+    earlier = bool(away) and away[0] > 0 and away[-1] == count - 2
+    return [number - earlier for number in away]
 
 
 def rich_layers(room: float, layers: int, attention: int, everything: int) -> tuple[int, int]:
