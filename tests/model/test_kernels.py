@@ -8,14 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.model.attention_cases import CASES, MASKS, run
 from trainwright.model.config import MoeConfig
 from trainwright.model.generate import pad_left, sample
 from trainwright.model.kernels import cross_entropy
-from trainwright.model.kernels.activation import gated
 from trainwright.model.kernels.cross_entropy import VocabShard, linear_cross_entropy, linear_cross_entropy_plain
+from trainwright.model.kernels.gated import gated
 from trainwright.model.kernels.grouped import cast_grouped_linear, grouped_linear
 from trainwright.model.kernels.norm import rms_norm, rms_norm_plain
 from trainwright.model.moe import Moe, load_balancing_loss
@@ -59,9 +61,11 @@ def head_case(bias: bool, ignored: float, vocab: int = 50) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 7, 100])
-def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, bias: bool, ignored: float, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "more"), [(1, 0), (7, 0), (7, 6), (100, 0)])
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, bias: bool, ignored: float, rows: int, more: int) -> None:
+    """more: words of nothing behind the vocabulary, as matrix units of a GPU want them behind an odd one."""
     monkeypatch.setattr(cross_entropy, "chunk_rows", lambda *_: rows)
+    monkeypatch.setattr(cross_entropy, "_whole_units", lambda _, vocab: vocab + more)
     x, weight, b, labels = head_case(bias, ignored)
     leaves = [leaf for leaf in (x, weight, b) if leaf is not None]
     expected = linear_cross_entropy_plain(x, weight, labels, b)
@@ -70,6 +74,14 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, bias: bool, ignored: flo
     assert (given - expected).abs() < 1e-4
     for one, two in zip(gradients(given * 0.3, *leaves), gradients(expected * 0.3, *leaves), strict=True):
         assert (one - two).abs().max() < 1e-5
+
+
+def test_a_gradient_with_room_behind_its_rows_is_widened_in_place() -> None:
+    wider = torch.full((3, 8), float("nan"))
+    wider[:, :5] = 1.0
+    found = cross_entropy._widened(wider[:, :5], 8)
+    assert found.data_ptr() == wider.data_ptr()
+    assert found.tolist() == [[1.0] * 5 + [0.0] * 3] * 3
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
@@ -180,6 +192,34 @@ def test_gated(name: Any) -> None:
     assert torch.allclose(one, two, atol=1e-6)
     for a, b in zip(gradients(one.sum(), gate, up), gradients(two.sum(), gate, up), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_gated_product_that_is_computed_again_needs_four_tensors_of_its_width() -> None:
+    """Compiled: the same numbers, and in the backward pass gate, up and two gradients where there were six tensors."""
+    draw = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(32, 16, generator=draw), torch.randn(3, 64, 16, generator=draw)
+    found = []
+    for again in (False, True):
+        leaves = [x.clone().requires_grad_(), *(weight.clone().requires_grad_() for weight in weights)]
+
+        def layer(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, again: bool = again) -> Tensor:
+            return gated("silu", x @ gate.t(), x @ up.t(), again=again) @ down
+
+        def run(layer: Any = layer, leaves: Any = leaves) -> Any:
+            compiled = torch.compile(lambda *leaves: checkpoint(layer, *leaves, use_reentrant=False))
+            return torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+
+        grads, codes = run_and_get_code(run)
+        found.append((grads, codes[-1]))
+    for one, two in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    fused, apart = (code.split("def call(")[1].split("return")[0] for _, code in found)
+    wide = "= empty_strided_cpu((32, 64)"
+    assert fused.count(wide) == 6
+    # gate and up; what the operations give: the product, whose room the gradients then take, and that of up.
+    assert (apart.count(wide), apart.count("gated_silu.default("), apart.count("gradients.default(")) == (2, 1, 1)
+    assert "clone" not in apart
 
 
 def test_grouped_linear() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.model.config import ExpertsConfig, LinearConfig, MoeConfig
-from trainwright.model.kernels.activation import activate, gated
+from trainwright.model.kernels.activation import activate
+from trainwright.model.kernels.gated import gated
 from trainwright.model.kernels.grouped import cast_grouped_linear, grouped_linear
 from trainwright.model.kernels.rows import inverse, mix, spread
 from trainwright.model.linear import build_linear

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainwright.model.config import ModelConfig, linears, without_adapters
+from trainwright.model.ffn import Mlp
 from trainwright.model.moe import Experts
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.budget import apply_budget
@@ -142,6 +143,8 @@ def _recompute_and_compile(
     """What layers keep for their backward pass, within `memory` GiB, and their compilation, which has to see it."""
     if compiled:
         torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
+        for mlp in (layer.mlp for layer in layers if isinstance(layer.mlp, Mlp)):
+            mlp.computed_again = recipe.recompute != "none"
     if recipe.mlp_tokens is not None:
         apply_tiles(layers, recipe.mlp_tokens, torch.compile if compiled else None)
         compiled = False  # their parts are

@@ -185,7 +185,7 @@ def _mlp(job: Job, block: BlockConfig, path: str, found: LayerActivations) -> in
         _adapter(job, linear, job.tokens, found)
     _adapter(job, part.down_proj, job.tokens, found, cut_input=True)
     found.results += (len(entering) * inner + job.tokens * part.down_proj.out_features) * job.program.compute
-    return inner * job.program.inner_work
+    return inner * (job.program.inner_work - (job.program.compute if job.gates_apart(part) else 0))
 
 
 def _inner(job: Job, part: MlpConfig) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from trainwright.model.config import AttentionConfig, BlockConfig, ModelConfig, MoeConfig
+from trainwright.model.config import AttentionConfig, BlockConfig, MlpConfig, ModelConfig, MoeConfig
 from trainwright.parallel.layout import Layout, kv_heads_of_rank
 from trainwright.parallel.split import PartCosts, RowSplit, choose_row_split, in_flight, stages_of_rank
 from trainwright.planner.calibration import Calibration
@@ -181,6 +181,10 @@ class Job:
             self.program.experts_alone and layout.ep > 1 and layout.ep == self.shards and layout.dp_replicate == 1
         )
         return self.fsdp and held_once and layout.zero == 3 and layout.pp == 1 and not self.states_in_host
+
+    def gates_apart(self, part: MlpConfig) -> bool:
+        """Whether the MLP's gated product is an operation of its own."""
+        return self.program.gated_apart and part.gate_proj is not None and part.activation == "silu"
 
     @property
     def copies(self) -> bool:

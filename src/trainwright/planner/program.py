@@ -133,6 +133,9 @@ class Program:
     """Bytes moved by a layer's forward and backward, an element of the stream, beside matrices and attention."""
     inner_traffic: float = 18.0
     """The same of the MLP's inner width."""
+    gated_apart: bool = False
+    """Whether gated SiLUs are operations of their own (`model/kernels/gated.py`): both inputs are read once more, but
+    the product is gone before its gradients come, of which one takes its place."""
     row_passes: float = 39.0
     """The same of rows on their way to experts and back, in readings or writings of all of them at the memory's full
     rate. Measured for scattered sums left to torch (two H200, row moe2 of `benchmarks/speed_gpu.py`): gathers 2,
@@ -228,6 +231,7 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         # Compiled layers fuse norms, rotation, activation and residuals into a few passes (`benchmarks/floor.py`).
         stream_traffic=(50.0 if compiled else 540.0) * compute / 2,
         inner_traffic=(18.0 if compiled else 50.0) * compute / 2,
+        gated_apart=compiled and recipe.parallel.recompute != "none" and train.float8 is None,
         # Counted in `kernels/rows.py`: written for the experts, read for the sum, read and written for its gradients,
         # read for the gradient of the tokens (a third less than these kernels took); and the copies as measured.
         row_passes=18.0,

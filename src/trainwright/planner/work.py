@@ -144,8 +144,10 @@ def layer_work(job: Job, layer: int) -> Work:
                 _linear(
                     job, roofline, work, "mlp", linear, f"{path}.mlp.{name}", job.tokens, 1 / tp, name != "down_proj"
                 )
-        inner = job.tokens * block.mlp.intermediate_size / tp * program.inner_traffic
-        work.add("activation", (roofline.move(inner / 3), roofline.move(inner * 2 / 3)))
+        inner = job.tokens * block.mlp.intermediate_size / tp
+        twice = 2 * program.compute if job.gates_apart(block.mlp) else 0
+        forward = inner * program.inner_traffic / 3
+        work.add("activation", (roofline.move(forward), roofline.move(2 * forward + inner * twice)))
     return work
 
 

@@ -59,18 +59,25 @@ def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
         return matmul(a, b)
     if a.device.type != "cuda":
         return (a @ b).float()
-    if b.shape[1] % ALIGNED == 0:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b, out_dtype=torch.float32, out=aligned_rows(a.shape[0], b.shape[1], a.device))
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def aligned_rows(rows: int, columns: int, device: torch.device | str) -> Tensor:
-    """An empty float32 [rows, columns] whose rows begin where a matrix unit can read them, also as 16-bit numbers.
+def _whole_units(x: Tensor, vocab: int) -> int:
+    """The vocabulary with as many words of nothing as make whole reads of a matrix unit. It reads rows of an odd one
+    (GPT-2's 50257) number by number, also where only its size is odd and the rows begin at even places."""
+    return -(-vocab // ALIGNED) * ALIGNED if x.is_cuda and x.dtype != torch.float32 else vocab
 
-    Rows of an odd vocabulary (GPT-2's 50257) would begin anywhere, and products that read them do so number by number.
-    """
-    apart = -(-columns // ALIGNED) * ALIGNED
-    return torch.empty_strided((rows, columns), (apart, 1), dtype=torch.float32, device=device)
+
+def _widened(grad_MV: Tensor, width: int) -> Tensor:
+    """[M, width] with zeros behind; in place where each row has the room, as the logits that it was made of had."""
+    columns = grad_MV.shape[1]
+    if columns == width:
+        return grad_MV
+    if grad_MV.stride(0) != width:
+        return F.pad(grad_MV, (0, width - columns))
+    wide = grad_MV.as_strided((grad_MV.shape[0], width), grad_MV.stride())
+    wide[:, columns:] = 0
+    return wide
 
 
 def _probabilities(logits_MV: Tensor, labels_M: Tensor, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
@@ -149,17 +156,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         local_M = torch.where(supervised_M & (local_M >= 0) & (local_M < weight_VH.shape[0]), local_M, -1)
         loss = torch.zeros((), dtype=torch.float32, device=x_MH.device)
         grad_x = torch.empty_like(x_MH) if need_x else None
-        grad_w = torch.zeros_like(weight_VH, dtype=torch.float32) if need_w else None
-        grad_b = torch.zeros(weight_VH.shape[0], dtype=torch.float32, device=x_MH.device) if need_b else None
+        vocab = weight_VH.shape[0]
+        width = _whole_units(x_MH, vocab)
+        weight_WH = F.pad(weight_VH, (0, 0, 0, width - vocab)) if width > vocab else weight_VH
+        grad_w = torch.zeros_like(weight_WH, dtype=torch.float32) if need_w else None
+        grad_b = torch.zeros(vocab, dtype=torch.float32, device=x_MH.device) if need_b else None
         fused = _fused(x_MH, shard) if bias_V is None and needed else None
-        rows = chunk or chunk_rows(x_MH.shape[0], shard.size if shard else weight_VH.shape[0], x_MH.device.type)
+        rows = chunk or chunk_rows(x_MH.shape[0], shard.size if shard else vocab, x_MH.device.type)
         for begin in range(0, x_MH.shape[0], rows):
             part = slice(begin, begin + rows)
             kept, label = supervised_M[part], local_M[part]
             # A row that is not trained must give no gradient. Zeroing its H inputs and its H outputs does that; zeroing
             # its V probabilities would be another pass over the logits.
             x = x_MH[part].masked_fill(~kept[:, None], 0.0)
-            logits = _matmul_float32(x, weight_VH.t())
+            logits = _matmul_float32(x, weight_WH.t())[:, :vocab]
             logits = logits.add_(bias_V) if bias_V is not None else logits
             grad: Tensor | None
             if fused:
@@ -170,13 +180,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += loss_M.masked_fill_(~kept, 0.0).sum()
             if grad is None:
                 continue
+            grad = _widened(grad, width)
             if grad_x is not None:
-                matmul(grad, weight_VH, out=grad_x[part]).masked_fill_(~kept[:, None], 0.0)
+                matmul(grad, weight_WH, out=grad_x[part]).masked_fill_(~kept[:, None], 0.0)
             if grad_w is not None:
                 _add_product(grad_w, grad.t(), x)
             del grad
         ctx.dtypes = weight_VH.dtype, bias_V.dtype if bias_V is not None else None
-        ctx.grads = grad_x, grad_w, grad_b
+        ctx.grads = grad_x, None if grad_w is None else grad_w[:vocab], grad_b
         return loss
 
     @staticmethod
