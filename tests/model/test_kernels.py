@@ -194,7 +194,6 @@ def test_gated(name: Any) -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_a_gated_product_that_is_computed_again_needs_four_tensors_of_its_width() -> None:
     """Compiled: the same numbers, and in the backward pass gate, up and two gradients where there were six tensors."""
     draw = torch.Generator().manual_seed(0)

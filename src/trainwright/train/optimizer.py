@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from trainwright.errors import UserError
 from trainwright.train.adafactor import Adafactor
+from trainwright.train.adamw import AdamW
 from trainwright.train.adamw8bit import AdamW8bit
 from trainwright.train.lion import Lion
 from trainwright.train.muon import Muon
@@ -121,7 +122,7 @@ def _parts(trained: Mapping[str, Tensor], name: str, adamw: dict[str, Any], weig
     """Torch's optimizers over these weights, each by its name in the model; adamw: the settings of torch's AdamW."""
     groups, betas = _groups(trained, weight_decay), adamw["betas"]
     if name == "adamw":
-        return [torch.optim.AdamW(groups, **adamw)]
+        return [AdamW(groups, **adamw)]
     if name == "sgd":
         sharded = any(hasattr(tensor, "device_mesh") for tensor in trained.values())  # DTensor has no fused SGD
         return [torch.optim.SGD(groups, lr=0.0, fused=adamw["fused"] and not sharded)]
@@ -154,5 +155,5 @@ def _muon(
     if hidden:
         parts.append(Muon(hidden, momentum, weight_decay))
     if rest:
-        parts.append(torch.optim.AdamW(_groups(rest, weight_decay), **adamw))
+        parts.append(AdamW(_groups(rest, weight_decay), **adamw))
     return parts

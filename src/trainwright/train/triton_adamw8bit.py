@@ -1,26 +1,20 @@
-"""AdamW with 8-bit moments: one kernel for all parameters. The arithmetic it must match is `adamw8bit._update_plain`.
-
-One start for each parameter would cost the host more than the update costs the device: 448 adapters of a Llama-3-8B are
-168 million numbers. So the kernel reads from a table where each parameter's tensors are (as Apex's multi-tensor apply).
-"""
+"""AdamW with 8-bit moments: one kernel for all parameters. The arithmetic it must match is `_update_plain`'s."""
 
 # Kernels are written without type annotations: Triton reads its own from them.
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainwright.device import upload
 from trainwright.train.adamw8bit import BLOCK
+from trainwright.train.triton_tables import TYPES, addresses, numbers, owners
 
-NUMBERS = 2048
+NUMBERS = 4096
 """That one program takes."""
 Item = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Weight, gradient, states."""
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MOMENTS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
 
 
@@ -78,13 +72,13 @@ def _compress(values, codes, scales, place, block, inside, real, SIGNED: tl.cons
 
 @triton.jit
 def _adamw_kernel(
-    addresses, shapes, owners, grad_scale, found_inf,
+    addresses, shapes, items, begins, grad_scale, found_inf,
     rate, beta1, beta2, eps, decay, count_of_tensors,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr,
     SCALED: tl.constexpr, GUARDED: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Each program takes `BLOCKS` blocks of `SIZE` columns of one parameter; the last of a row may be shorter."""
-    at = tl.load(owners + tl.program_id(0))
+    at = tl.load(items + tl.program_id(0)).to(tl.int32)
     row = addresses + at
     weight = tl.load(row).to(tl.pointer_type(WEIGHT))
     grad = tl.load(row + count_of_tensors).to(tl.pointer_type(GRAD))
@@ -93,7 +87,7 @@ def _adamw_kernel(
     second_codes = tl.load(row + 4 * count_of_tensors).to(tl.pointer_type(tl.uint8))
     second_scales = tl.load(row + 5 * count_of_tensors).to(tl.pointer_type(tl.float32))
     step = tl.load(row + 6 * count_of_tensors).to(tl.pointer_type(tl.float32))
-    rows, columns, begin = tl.load(shapes + 3 * at), tl.load(shapes + 3 * at + 1), tl.load(shapes + 3 * at + 2)
+    rows, columns, begin = tl.load(shapes + 2 * at), tl.load(shapes + 2 * at + 1), tl.load(begins + at)
 
     per_row = tl.cdiv(columns, SIZE)
     block = (tl.program_id(0) - begin).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -125,17 +119,6 @@ def _adamw_kernel(
     _compress(second, second_codes, second_scales, place, block, inside, real, False)
 
 
-@lru_cache(maxsize=8)
-def _plan(shapes: tuple[tuple[int, int], ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """([tensors, 3] rows, columns and first program of each; [programs] the tensor that each works on), int32."""
-    blocks = [rows * triton.cdiv(columns, size) for rows, columns in shapes]
-    programs = torch.tensor([triton.cdiv(count * size, NUMBERS) for count in blocks])
-    begins = programs.cumsum(0) - programs
-    table = torch.cat([torch.tensor(shapes), begins[:, None]], 1).to(torch.int32)
-    owners = torch.arange(len(shapes), dtype=torch.int32).repeat_interleave(programs)
-    return table.to(device), owners.to(device)
-
-
 def update(
     items: Sequence[Item], settings: tuple[float, ...], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
@@ -147,14 +130,14 @@ def update(
         kinds.setdefault((weight.dtype, grad.dtype, size), []).append((weight, grad.contiguous(), state))
     for (weights, grads, size), group in kinds.items():
         device = group[0][0].device
-        sizes = [(weight.numel() // weight.shape[-1], weight.shape[-1]) for weight, _, _ in group]
-        shapes, owners = _plan(tuple(sizes), size, device)
-        pointers = [[w, g, *(state[key] for key in MOMENTS), state["step"]] for w, g, state in group]
-        addresses = torch.tensor([[tensor.data_ptr() for tensor in row] for row in pointers]).t().contiguous()
+        shapes = [(weight.numel() // weight.shape[-1], weight.shape[-1]) for weight, _, _ in group]
+        blocks = [rows * triton.cdiv(columns, size) for rows, columns in shapes]
+        which, begins = owners(tuple(triton.cdiv(count * size, NUMBERS) for count in blocks), device)
+        tensors = [(w, g, *(state[key] for key in MOMENTS), state["step"]) for w, g, state in group]
         anything = group[0][2]["step"]  # where there is nothing to read
-        _adamw_kernel[(len(owners),)](
-            upload(addresses, device), shapes, owners,
+        _adamw_kernel[(len(which),)](
+            addresses(tensors, device), numbers(tuple(n for shape in shapes for n in shape), device), which, begins,
             anything if grad_scale is None else grad_scale, anything if found_inf is None else found_inf,
             *settings, len(group), WEIGHT=TYPES[weights], GRAD=TYPES[grads], SCALED=grad_scale is not None,
-            GUARDED=found_inf is not None, SIZE=size, BLOCKS=NUMBERS // size, num_warps=4,
+            GUARDED=found_inf is not None, SIZE=size, BLOCKS=NUMBERS // size, num_warps=8,
         )  # fmt: skip

@@ -1,0 +1,51 @@
+"""torch's AdamW, whose update on a GPU is one kernel of ours (`triton_adamw.py`). States and settings are torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class AdamW(torch.optim.AdamW):
+    """Takes `grad_scale` and `found_inf` as torch's fused ones do: gradients are divided by the first, and where the
+    second is 1 nothing changes. What the kernel does not take (a CPU, float64, strides) is torch's."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        if not self._is_ours():
+            return super().step(closure)
+        from trainwright.train.triton_adamw import update
+
+        for group in self.param_groups:
+            found: list[list[Tensor]] = [[] for _ in range(6)]
+            self._init_group(group, *found)
+            weights, grads, means, squares, _, steps = found
+            if not weights:
+                continue
+            # A list: one tensor for all would be read by the host, which would wait for the whole backward pass.
+            one = torch.ones_like(steps[0]) if self.found_inf is None else 1.0 - self.found_inf
+            torch._foreach_add_(steps, [one] * len(steps))
+            parts = [[_local(tensor) for tensor in some] for some in (weights, grads, means, squares)]
+            items = [item for item in zip(*parts, steps, strict=True) if item[0].numel()]  # of this rank
+            settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+            update([(w, g.contiguous(), m, s, n) for w, g, m, s, n in items], settings, self.grad_scale, self.found_inf)
+        return None
+
+    def _is_ours(self) -> bool:
+        def fits(tensor: Tensor) -> bool:
+            local = _local(tensor)
+            return local.is_cuda and local.is_contiguous() and local.dtype != torch.float64
+
+        return all(group["fused"] and all(map(fits, group["params"])) for group in self.param_groups)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
