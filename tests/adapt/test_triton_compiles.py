@@ -62,12 +62,32 @@ def test_transpose(card):
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("guarded", [True, False])
 @pytest.mark.parametrize("weight", [tl.float32, tl.bfloat16], ids=str)
-def test_adamw8bit(card, guarded, weight):
-    from trainwright.train.triton_adamw8bit import _adamw_kernel
+def test_adamw(card, guarded, weight):
+    from trainwright.train import triton_adamw, triton_adamw8bit
 
-    types = ["*i64", "*i32", "*i32", "*fp32", "*fp32", *["*fp32"] * 4, *["fp32"] * 5, "i32"]
-    constants = {"WEIGHT": weight, "GRAD": tl.float32, "SCALED": guarded, "GUARDED": guarded, "SIZE": 256, "BLOCKS": 8}
-    assert compiled(_adamw_kernel, types, constants, card)
+    types = ["*i64", "*i64", "*i16", "*i32", "*fp32", "*fp32", *["fp32"] * 5, "i32"]
+    both = {"WEIGHT": weight, "GRAD": tl.float32, "SCALED": guarded, "GUARDED": guarded, "ALIGNED": guarded}
+    assert compiled(triton_adamw._adamw_kernel, types, {**both, "MOMENT": weight, "NUMBERS": 1024}, card)
+    blocks = {"WHOLE": guarded, "SIZE": 256, "BLOCKS": 4, "TILES": 4}
+    assert compiled(triton_adamw8bit._adamw_kernel, types, {**both, **blocks}, card)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("kind", ["*bf16", "*fp32", "*fp16"])
+def test_gated(card, kind):
+    from trainwright.model.kernels.triton_gated import _gradients_kernel, _product_kernel
+
+    assert compiled(_product_kernel, [kind, kind, kind, "i32"], {"BLOCK": 1024}, card)
+    assert compiled(_gradients_kernel, [kind, kind, kind, kind, "i32"], {"BLOCK": 1024}, card)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("kind", ["*bf16", "*fp32", "*fp16"])
+def test_embedding(card, kind):
+    from trainwright.model.kernels.triton_embedding import _gradient_kernel
+
+    constants = {"width": 4096, "ROWS": 8, "WIDTH": 512}
+    assert compiled(_gradient_kernel, ["*i64", "*i64", kind, kind, "i32", "i32"], constants, card)
 
 
 @pytest.mark.parametrize("card", CARDS)

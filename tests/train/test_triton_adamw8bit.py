@@ -69,5 +69,5 @@ def test_codes_by_arithmetic_are_those_of_the_table(signed):
     codes = (torch.arange(len(shares), device=DEVICE) % 256).int()
     numbers, found = torch.empty_like(shares), torch.empty_like(codes)
     _both[(len(shares) // 1024,)](shares, codes, numbers, found, SIGNED=signed, SIZE=1024)
-    torch.testing.assert_close(numbers, table[codes.long()], rtol=1e-6, atol=0)
+    torch.testing.assert_close(numbers, table[codes.long()], rtol=2e-6, atol=0)
     assert torch.equal(found, torch.bucketize(shares, edges, out_int32=True))

@@ -1,4 +1,4 @@
-"""The head: logits, or the loss of labels without all logits. Token and position tables are torch's own embeddings."""
+"""The token table, and the head: logits, or the loss of labels without all logits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from torch import Tensor, nn
 
 from trainwright.model.config import EmbeddingConfig, HeadConfig
 from trainwright.model.kernels.cross_entropy import VocabShard, linear_cross_entropy
+from trainwright.model.kernels.embedding import embedding
 
 
 def build_embedding(table: EmbeddingConfig) -> nn.Module:
     """The token table; in fewer bits it builds itself."""
     if table.quantization is not None:
         return table.quantization.build_embedding(table)
-    return nn.Embedding(table.num_embeddings, table.embedding_dim, padding_idx=table.padding_idx)
+    return Embedding(table.num_embeddings, table.embedding_dim, padding_idx=table.padding_idx)
+
+
+class Embedding(nn.Embedding):
+    """torch's, with a gradient that needs no more memory than itself."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return embedding(input, self.weight, self.padding_idx)
 
 
 def build_head(head: HeadConfig) -> nn.Module:

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainwright.train.triton_tables import TYPES, addresses, numbers, owners
+from trainwright.train.triton_tables import TYPES, address, addresses, numbers, owners
 
-NUMBERS = 4096
+NUMBERS, WARPS = 1024, 4
 """That one program takes."""
 Item = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Weight, gradient, both moments, count of steps."""
@@ -24,32 +24,33 @@ Item = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _adamw_kernel(
     addresses, sizes, items, begins, grad_scale, found_inf, rate, beta1, beta2, eps, decay, count_of_tensors,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr, GUARDED: tl.constexpr,
-    NUMBERS: tl.constexpr,
+    ALIGNED: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     at = tl.load(items + tl.program_id(0)).to(tl.int32)
     row = addresses + at
-    weight = tl.load(row).to(tl.pointer_type(WEIGHT))
-    grad = tl.load(row + count_of_tensors).to(tl.pointer_type(GRAD))
-    first = tl.load(row + 2 * count_of_tensors).to(tl.pointer_type(MOMENT))
-    second = tl.load(row + 3 * count_of_tensors).to(tl.pointer_type(MOMENT))
-    count = tl.load(tl.load(row + 4 * count_of_tensors).to(tl.pointer_type(tl.float32)))
+    weight = address(row, 0, count_of_tensors, WEIGHT, ALIGNED)
+    grad = address(row, 1, count_of_tensors, GRAD, ALIGNED)
+    first = address(row, 2, count_of_tensors, MOMENT, ALIGNED)
+    second = address(row, 3, count_of_tensors, MOMENT, ALIGNED)
+    count = tl.load(address(row, 4, count_of_tensors, tl.float32, False))
     size = tl.load(sizes + at)
     if GUARDED:  # a refused step has no numbers
         size = tl.where(tl.load(found_inf) > 0.5, 0, size)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
     place = (tl.program_id(0) - tl.load(begins + at)).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
-    place = tl.max_contiguous(tl.multiple_of(place, NUMBERS), NUMBERS)
     inside = place < size
 
     wide = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
-        wide /= tl.load(grad_scale)
+        wide *= 1 / tl.load(grad_scale)
     mean = tl.load(first + place, mask=inside, other=0.0).to(tl.float32)
     mean += (wide - mean) * (1 - beta1)
     square = tl.load(second + place, mask=inside, other=0.0).to(tl.float32)
     square = square * beta2 + wide * wide * (1 - beta2)
     correction1, correction2 = 1 - tl.exp2(count * tl.log2(beta1)), 1 - tl.exp2(count * tl.log2(beta2))
     old = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    new = old * (1 - rate * decay) - rate / correction1 * mean / (tl.sqrt(square) / tl.sqrt(correction2) + eps)
+    new = old * (1 - rate * decay) - (rate / correction1) * mean / (tl.sqrt(square * (1 / correction2)) + eps)
     tl.store(weight + place, new.to(WEIGHT), mask=inside)
     tl.store(first + place, mean.to(MOMENT), mask=inside)
     tl.store(second + place, square.to(MOMENT), mask=inside)
@@ -66,10 +67,12 @@ def update(
         device = group[0][0].device
         sizes = tuple(item[0].numel() for item in group)
         which, begins = owners(tuple(triton.cdiv(size, NUMBERS) for size in sizes), device)
+        table, aligned = addresses(group, device)
         anything = group[0][4]  # where there is nothing to read
         _adamw_kernel[(len(which),)](
-            addresses(group, device), numbers(sizes, device), which, begins,
+            table, numbers(sizes, device), which, begins,
             anything if grad_scale is None else grad_scale, anything if found_inf is None else found_inf,
             *settings, len(group), WEIGHT=TYPES[weight], GRAD=TYPES[grad], MOMENT=TYPES[moment],
-            SCALED=grad_scale is not None, GUARDED=found_inf is not None, NUMBERS=NUMBERS, num_warps=8,
+            SCALED=grad_scale is not None, GUARDED=found_inf is not None,
+            ALIGNED=aligned and all(size % 16 == 0 for size in sizes), NUMBERS=NUMBERS, num_warps=WARPS,
         )  # fmt: skip

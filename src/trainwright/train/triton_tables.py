@@ -4,10 +4,12 @@ One start for each parameter would cost the host more than an update costs the d
 168 million numbers. So a kernel reads from a table where each parameter's tensors are (as Apex's multi-tensor apply).
 """
 
+# Kernels are written without type annotations: Triton reads its own from them.
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,9 +18,17 @@ from trainwright.device import upload
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def addresses(items: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    """[tensors of an item, items] int64 on the device."""
-    return upload(torch.tensor([[tensor.data_ptr() for tensor in item] for item in items]).t().contiguous(), device)
+@triton.jit
+def address(row, number, count_of_tensors, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tensor in a table's row `number`; `row` points to this item's first. ALIGNED: it begins at a whole read."""
+    pointer = tl.load(row + number * count_of_tensors).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+def addresses(items: Sequence[Sequence[Tensor]], device: torch.device) -> tuple[Tensor, bool]:
+    """([tensors of an item, items] int64 on the device, whether all begin where 16 bytes are read at once)."""
+    table = torch.tensor([[tensor.data_ptr() for tensor in item] for item in items])
+    return upload(table.t().contiguous(), device), not (table % 16).any()
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,49 @@
+"""The gradient of a table's lookup: each of its rows is the sum of the gradients of the tokens that read it."""
+
+# Kernels are written without type annotations: Triton reads its own from them.
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# How many tokens there are differs between batches: no kernel of its own for numbers that 16 divides.
+
+
+@triton.jit(do_not_specialize=["count"])
+def _gradient_kernel(
+    ids, order, grad, out, count, padding_idx, width: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """One program for each place in the order and some columns; the first of equal ids takes all of them."""
+    place = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    id_ = tl.load(ids + place)
+    if place > 0:
+        before = tl.load(ids + place - 1)
+    else:
+        before = id_ - 1
+    if (id_ != before) & (id_ != padding_idx):
+        total = tl.zeros([WIDTH], dtype=tl.float32)
+        more = place
+        while more < count:  # a run of pads may be long: some rows at a time
+            at = more + tl.arange(0, ROWS)
+            same = (at < count) & (tl.load(ids + at, mask=at < count, other=-1) == id_)
+            token = tl.load(order + at, mask=same, other=0)
+            there = same[:, None] & (column < width)[None, :]
+            total += tl.sum(
+                tl.load(grad + token[:, None] * width + column[None, :], mask=there, other=0.0).to(tl.float32), 0
+            )
+            more = tl.where(tl.sum(same.to(tl.int32), 0) == ROWS, more + ROWS, count.to(tl.int64))
+        tl.store(out + id_ * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+def gradient(ids_T: Tensor, grad_TH: Tensor, rows: int, padding_idx: int | None) -> Tensor:
+    """[rows, H] in grad's type, summed in float32; no numbers but these and the order of the ids."""
+    count, width = grad_TH.shape
+    out = grad_TH.new_zeros(rows, width)
+    if count and width:
+        sorted_T, order_T = ids_T.long().sort(stable=True)
+        columns = min(512, max(16, triton.next_power_of_2(width)))
+        _gradient_kernel[(count, triton.cdiv(width, columns))](
+            sorted_T, order_T, grad_TH, out, count, -1 if padding_idx is None else padding_idx, width, ROWS=8,
+            WIDTH=columns, num_warps=4,
+        )  # fmt: skip
+    return out
