@@ -66,7 +66,7 @@ def update(
     for (weight, grad, moment), group in kinds.items():
         device = group[0][0].device
         sizes = tuple(item[0].numel() for item in group)
-        which, begins = owners(tuple(triton.cdiv(size, NUMBERS) for size in sizes), device)
+        which, begins = owners(tuple(-(-size // NUMBERS) for size in sizes), device)
         table, aligned = addresses(group, device)
         anything = group[0][4]  # where there is nothing to read
         _adamw_kernel[(len(which),)](

@@ -139,16 +139,16 @@ def update(
     for weight, grad, state in items:
         # Rows shorter than a block (an adapter's B) are blocks of their own length: no lanes without work.
         columns = weight.shape[-1]
-        size = min(BLOCK, max(16, triton.next_power_of_2(columns)))
+        size = min(BLOCK, max(16, 1 << (columns - 1).bit_length()))
         kinds.setdefault((weight.dtype, grad.dtype, size, columns % size == 0), []).append(
             (weight, grad.contiguous(), state)
         )
     for (weights, grads, size, whole), group in kinds.items():
         device = group[0][0].device
         shapes = [(weight.numel() // weight.shape[-1], weight.shape[-1]) for weight, _, _ in group]
-        blocks = [rows * triton.cdiv(columns, size) for rows, columns in shapes]
+        blocks = [rows * -(-columns // size) for rows, columns in shapes]
         at_once = max(1, 32 * WARPS * (4 if torch.float32 in (weights, grads) else 8) // size)
-        which, begins = owners(tuple(triton.cdiv(count, at_once * TILES) for count in blocks), device)
+        which, begins = owners(tuple(-(-count // (at_once * TILES)) for count in blocks), device)
         tensors = [(w, g, *(state[key] for key in MOMENTS), state["step"]) for w, g, state in group]
         table, aligned = addresses(tensors, device)
         anything = group[0][2]["step"]  # where there is nothing to read

@@ -34,13 +34,13 @@ def _gradients_kernel(grad, gate, up, of_up, count, BLOCK: tl.constexpr):
 def product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of contiguous tensors of one shape."""
     out = torch.empty_like(gate)
-    _product_kernel[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, out.numel(), BLOCK=BLOCK, num_warps=4)
+    _product_kernel[(-(-out.numel() // BLOCK),)](gate, up, out, out.numel(), BLOCK=BLOCK, num_warps=4)
     return out
 
 
 def gradients(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """The gradient of `up`; that of `gate` is written over `grad`. All contiguous, of one shape."""
     of_up = torch.empty_like(up)
-    programs = (triton.cdiv(grad.numel(), BLOCK),)
+    programs = (-(-grad.numel() // BLOCK),)
     _gradients_kernel[programs](grad, gate, up, of_up, grad.numel(), BLOCK=BLOCK, num_warps=4)
     return of_up

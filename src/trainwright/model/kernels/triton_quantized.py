@@ -65,7 +65,7 @@ def dequantize(kind: Kind, pieces: Pieces, columns: int, dtype: torch.dtype) -> 
     nested = len(pieces) == 4
     scales, offset = pieces[2:] if nested else (pieces[1], pieces[1])
     count = out.numel() // 64
-    _nf4_kernel[(triton.cdiv(count, 64),)](
+    _nf4_kernel[(-(-count // 64),)](
         codes, pieces[1], scales, offset, table, dynamic, out, count, NESTED=nested, BLOCKS=64, num_warps=4
     )
     return out
