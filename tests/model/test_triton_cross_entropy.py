@@ -13,6 +13,7 @@ DEVICE = triton_device()
 @pytest.mark.parametrize("size", [1.0, 1e4])
 @pytest.mark.parametrize("apart", [False, True])  # rows that begin at even places, with something else between them
 def test_loss_and_gradient_are_the_plain_ones(dtype, columns, size, apart):
+    from trainwright.model.kernels.cross_entropy import _widened
     from trainwright.model.kernels.triton_cross_entropy import softmax_gradient
 
     generator = torch.Generator().manual_seed(0)
@@ -24,6 +25,9 @@ def test_loss_and_gradient_are_the_plain_ones(dtype, columns, size, apart):
         logits = wider[:, :columns].copy_(logits)
     grad, loss = softmax_gradient(logits, labels, dtype)
     assert grad.stride() == logits.stride()
+    whole = _widened(grad, logits.stride(0))
+    assert whole.shape == (6, logits.stride(0))
+    assert not whole[:, columns:].any()
     wide = logits.double().requires_grad_()
     plain = torch.nn.functional.cross_entropy(wide, labels, ignore_index=-1, reduction="none")
     plain.sum().backward()

@@ -92,7 +92,7 @@ def slice_sums(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
 def slice_gradient(logits_MV: Tensor, labels_M: Tensor, whole_M: Tensor, dtype: torch.dtype) -> Tensor:
     """[M, V]: softmax - one-hot of a slice, where `whole_M` is the log of the sum of all slices' exponentials."""
     rows, columns = logits_MV.shape
-    grad_MV = torch.empty_strided((rows, columns), logits_MV.stride(), dtype=dtype, device=logits_MV.device)
+    grad_MV = logits_MV.new_empty(rows, logits_MV.stride(0), dtype=dtype)[:, :columns]  # room behind the last row too
     grid, apart = (rows, triton.cdiv(columns, 4096)), logits_MV.stride(0)
     _gradient_kernel[grid](logits_MV, labels_M, whole_M, grad_MV, columns, apart, LEAST=-1e30, WIDTH=4096, num_warps=8)
     return grad_MV
@@ -104,7 +104,7 @@ def softmax_gradient(logits_MV: Tensor, labels_M: Tensor, dtype: torch.dtype) ->
     Rows whose label is below 0 are not trained: zeros in both.
     """
     rows, columns = logits_MV.shape
-    grad_MV = torch.empty_strided((rows, columns), logits_MV.stride(), dtype=dtype, device=logits_MV.device)
+    grad_MV = logits_MV.new_empty(rows, logits_MV.stride(0), dtype=dtype)[:, :columns]  # room behind the last row too
     loss_M, apart = torch.empty(rows, device=logits_MV.device), logits_MV.stride(0)
     # A number below every logit, and finite: the difference of two infinities is none.
     _softmax_kernel[(rows,)](logits_MV, labels_M, grad_MV, loss_M, columns, apart, LEAST=-1e30, WIDTH=4096, num_warps=8)
