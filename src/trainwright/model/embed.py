@@ -1,4 +1,4 @@
-"""The token table, and the head: logits, or the loss of labels without all logits."""
+"""Token and position tables; the head: logits, or the loss of labels without all logits."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def build_embedding(table: EmbeddingConfig) -> nn.Module:
     """The token table; in fewer bits it builds itself."""
     if table.quantization is not None:
         return table.quantization.build_embedding(table)
-    return Embedding(table.num_embeddings, table.embedding_dim, padding_idx=table.padding_idx)
-
-
-class Embedding(nn.Embedding):
-    """torch's, with a gradient that needs no more memory than itself."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return embedding(input, self.weight, self.padding_idx)
+    return Table(table.num_embeddings, table.embedding_dim, padding_idx=table.padding_idx)
 
 
 def build_head(head: HeadConfig) -> nn.Module:
     """The head; in fewer bits it builds itself."""
     return Head(head) if head.quantization is None else head.quantization.build_head(head)
+
+
+class Table(nn.Embedding):
+    """torch's own but for its gradient, which takes no float32 rows beside it. [...] int -> [..., H]."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weight, self.padding_idx)
 
 
 class Head(nn.Module):

@@ -18,7 +18,7 @@ from trainwright.model import mask as masks
 from trainwright.model.attention import Attention, AttentionCore, LayerContext, logn_factors
 from trainwright.model.cache import KVCache, LayerCache
 from trainwright.model.config import BlockConfig, ModelConfig, MoeConfig, QwenNtkScaling, RopeConfig
-from trainwright.model.embed import build_embedding, build_head
+from trainwright.model.embed import Table, build_embedding, build_head
 from trainwright.model.ffn import Mlp
 from trainwright.model.init import init_weights
 from trainwright.model.kernels import attention as kernel
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # the type of the stream, which every part computes in
         self.embed_tokens: nn.Module | None = build_embedding(config.embed_tokens)
         positions = config.embed_positions
-        self.embed_positions = nn.Embedding(positions.num_embeddings, positions.embedding_dim) if positions else None
+        self.embed_positions = Table(positions.num_embeddings, positions.embedding_dim) if positions else None
         self.embed_norm = Norm(config.embed_norm) if config.embed_norm else None
         self.project_in = build_linear(config.project_in) if config.project_in else None
         self.layers: nn.ModuleDict | None = nn.ModuleDict(

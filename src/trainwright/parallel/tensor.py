@@ -191,7 +191,8 @@ class _VocabularyEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         first, rows = self.slice
         outside = (ids < first) | (ids >= first + rows)
-        x = super().forward((ids - first).masked_fill(outside, 0))
+        # Ids of other slices go to any of its rows: at one, their gradients, all 0, would be one long sum.
+        x = super().forward((ids - first) % rows)
         return sum_partial(x.masked_fill(outside[..., None], 0), self.group)
 
 

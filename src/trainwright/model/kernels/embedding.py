@@ -1,6 +1,7 @@
-"""The token table's lookup. Owns the memory of its gradient, which comes when all other gradients are there.
+"""Rows of a table by their ids. Owns the gradient of the table, and the choice between Triton and torch's own.
 
-Names: T tokens, V rows of the table.
+torch's gradient on CUDA, for more than 3,072 ids, sums pieces of each row's ids into a float32 tensor of up to one row
+an id, and those into the gradient, when the gradients of all other weights exist: the fullest moment of a step.
 """
 
 from __future__ import annotations
@@ -9,26 +10,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trainwright.model.kernels import has_triton
 
 
 def embedding(ids: Tensor, weight_VH: Tensor, padding_idx: int | None = None) -> Tensor:
-    """Rows of the table, [..., H]; the row `padding_idx` gets no gradient, as in `F.embedding`.
-
-    On a GPU the gradient is a kernel of ours: torch's own sums parts in float32 of as many rows as there are tokens,
-    2 GiB for 131,072 of width 4,096, beside the gradients of everything else.
-    """
-    ours = weight_VH.is_cuda and type(weight_VH) in (Tensor, torch.nn.Parameter) and weight_VH.dtype != torch.float64
-    if ours and torch.is_grad_enabled() and weight_VH.requires_grad and has_triton():
-        found: Tensor = _Embedding.apply(ids, weight_VH, padding_idx)
-        return found
+    """[...] int -> [..., H] in the weight's dtype; its row `padding_idx`, 0 or above, gets no gradient."""
+    if torch.is_grad_enabled() and weight_VH.requires_grad and _has_kernel(ids, weight_VH):
+        made: Tensor = _Embedding.apply(ids, weight_VH, padding_idx)
+        return made
     return F.embedding(ids, weight_VH, padding_idx)
 
 
+def _has_kernel(ids: Tensor, weight: Tensor) -> bool:
+    # Compiled or of another class (DTensor, a fake one), the lookup is an operation that others look into.
+    if torch.compiler.is_compiling() or type(ids) is not Tensor or type(weight) not in (Tensor, nn.Parameter):
+        return False
+    narrow = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return narrow and ids.is_cuda and weight.is_cuda and has_triton()
+
+
 class _Embedding(torch.autograd.Function):
+    """Keeps the ids alone: FSDP does not gather the table again for its gradient."""
+
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight_VH: Tensor, padding_idx: int | None) -> Tensor:
         ctx.save_for_backward(ids)
@@ -38,7 +44,8 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        from trainwright.model.kernels.triton_embedding import gradient
+        from trainwright.model.kernels.triton_embedding import table_gradient
 
         (ids,) = ctx.saved_tensors
-        return None, gradient(ids.flatten(), grads[0].flatten(0, -2).contiguous(), ctx.rows, ctx.padding_idx), None
+        grad_MH = grads[0].reshape(ids.numel(), grads[0].shape[-1])
+        return None, table_gradient(grad_MH, ids.flatten(), ctx.rows, ctx.padding_idx), None

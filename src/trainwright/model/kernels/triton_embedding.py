@@ -1,4 +1,8 @@
-"""The gradient of a table's lookup: each of its rows is the sum of the gradients of the tokens that read it."""
+"""The gradient of a table whose rows were looked up: each row summed in float32 by one program, and rounded once.
+
+Nothing is added in memory, so the same ids give the same bits, and nothing is made beside the gradient but the ids in
+their order. What it must match is the gradient of `F.embedding`.
+"""
 
 # Kernels are written without type annotations: Triton reads its own from them.
 import triton
@@ -8,7 +12,7 @@ from torch import Tensor
 # How many tokens there are differs between batches: no kernel of its own for numbers that 16 divides.
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "padding_idx"])
 def _gradient_kernel(
     ids, order, grad, out, count, padding_idx, width: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
@@ -35,15 +39,19 @@ def _gradient_kernel(
         tl.store(out + id_ * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
-def gradient(ids_T: Tensor, grad_TH: Tensor, rows: int, padding_idx: int | None) -> Tensor:
-    """[rows, H] in grad's type, summed in float32; no numbers but these and the order of the ids."""
-    count, width = grad_TH.shape
-    out = grad_TH.new_zeros(rows, width)
-    if count and width:
-        sorted_T, order_T = ids_T.long().sort(stable=True)
-        columns = min(512, max(16, triton.next_power_of_2(width)))
-        _gradient_kernel[(count, triton.cdiv(width, columns))](
-            sorted_T, order_T, grad_TH, out, count, -1 if padding_idx is None else padding_idx, width, ROWS=8,
-            WIDTH=columns, num_warps=4,
+def table_gradient(grad_MH: Tensor, ids_M: Tensor, rows: int, padding_idx: int | None = None) -> Tensor:
+    """[rows, H] in the gradient's dtype: each row's sum over the tokens of its id, 0 for those of none and of padding.
+
+    ids: 0 to `rows` - 1.
+    """
+    count, width = grad_MH.shape
+    out_VH = grad_MH.new_zeros(rows, width)
+    if grad_MH.numel():
+        # 64-bit: a row's number times its width is too. Stable: the order of a sum is the order of its tokens.
+        sorted_M, order_M = ids_M.long().sort(stable=True)
+        wide = min(512, triton.next_power_of_2(width))
+        _gradient_kernel[(count, triton.cdiv(width, wide))](
+            sorted_M, order_M, grad_MH.contiguous(), out_VH, count, -1 if padding_idx is None else padding_idx, width,
+            ROWS=8, WIDTH=wide, num_warps=4,
         )  # fmt: skip
-    return out
+    return out_VH
