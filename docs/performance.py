@@ -137,9 +137,12 @@ def keep(folder: Path, name: str) -> Path:
     results = read_json(folder / "results.json" if folder.is_dir() else folder)
     if results is None:
         sys.exit(f"{folder} holds no results.json")
-    rows = [{key: value for key, value in row.items() if key != "log"} for row in results["rows"]]
-    text = MACHINE_PATH.sub("", json.dumps({**results, "rows": rows}, ensure_ascii=False))
     target = RESULTS / f"{name}.json"
+    before = read_json(target) or {"rows": []}
+    rows = {row["name"]: row for row in [*before["rows"], *results["rows"]]}  # rows that did not run now stay
+    kept = [{key: value for key, value in row.items() if key != "log"} for row in rows.values()]
+    then = {key: before[key] for key in ("program",) if key in before}
+    text = MACHINE_PATH.sub("", json.dumps({**results, **then, "rows": kept}, ensure_ascii=False))
     write_json(target, json.loads(text))
     return target
 

@@ -24,6 +24,8 @@ from trainwright.planner.states import (
 )
 from trainwright.planner.work import Work, head_work, kind_work, kv_width
 
+EARLIER_UPDATES = {"adamw8bit": 0.0167, "adamw": 0.003}
+"""Seconds for 1e9 parameters that kernels took more, which are no longer ours: some rows were measured with them."""
 EXPERTS_COUNTED, EXPERTS_UNEVEN = 5e-3, 0.15
 """Seconds of a layer in which the device stands, since the host asks how many rows come; and what the rank with the
 fullest experts takes longer than the mean, as a share. Both from the row moe2 of `benchmarks/speed_gpu.py`. The first
@@ -336,7 +338,10 @@ class _StageTime:
         if job.states_in_host:
             return self._host_update(trained, states.weights + states.quantized + states.adapters)
         moved = 2 * states.optimizer + 2 * states.gradients + 2 * trained * program.trained
-        return moved / bandwidth + program.step_seconds + trained / 1e9 * program.optimizer_seconds
+        each = program.optimizer_seconds
+        if program.earlier_updates:
+            each += EARLIER_UPDATES.get(job.recipe.train.optimizer, 0.0)
+        return moved / bandwidth + program.step_seconds + trained / 1e9 * each
 
     def _host_update(self, trained: float, weights: int) -> float:
         """All weights (bytes) up for every gather, frozen ones too, gradients of `trained` ones down, and an update
