@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from trainwright.model.kernels import has_triton
+
 
 class AdamW(torch.optim.AdamW):
     """Takes `grad_scale` and `found_inf` as torch's fused ones do: gradients are divided by the first, and where the
@@ -16,11 +18,14 @@ class AdamW(torch.optim.AdamW):
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    _ours: bool | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
-        if not self._is_ours():
+        if self._ours is None:  # asked once: sharded parameters take the host some microseconds each
+            self._ours = self._is_ours()
+        if not self._ours:
             return super().step(closure)
         from trainwright.train.triton_adamw import update
 
@@ -44,7 +49,7 @@ class AdamW(torch.optim.AdamW):
             local = _local(tensor)
             return local.is_cuda and local.is_contiguous() and local.dtype != torch.float64
 
-        return all(group["fused"] and all(map(fits, group["params"])) for group in self.param_groups)
+        return has_triton() and all(group["fused"] and all(map(fits, group["params"])) for group in self.param_groups)
 
 
 def _local(tensor: Tensor) -> Tensor:

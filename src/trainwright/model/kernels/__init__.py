@@ -1,7 +1,7 @@
 """One signature per operation, several backends. A backend is chosen from device, dtype and mask, never by a flag day.
 
-`attention`, `linear_cross_entropy`, `rms_norm`, `layer_norm`, `gated`, `grouped_linear`, `float8_linear` live in their
-own files.
+`attention`, `embedding`, `linear_cross_entropy`, `rms_norm`, `layer_norm`, `gated`, `grouped_linear`, `float8_linear`
+live in their own files.
 """
 
 from functools import cache
@@ -29,6 +29,7 @@ def chosen_backends() -> dict[str, str]:
         "attention": attention(device),
         "cross entropy": "chunked, logits never held whole" + (", Triton" if has_triton() else ""),
         "norm": "torch fused" if device.type == "cuda" else "own backward",
+        "token table": "own gradient, Triton" if device.type == "cuda" and has_triton() else "torch",
         "experts": experts(device),
         "float32 products on a CPU": products(),
         "train.float8": float8(device),
