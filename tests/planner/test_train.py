@@ -60,7 +60,7 @@ FULL = (
 PLACES = {
     "build": "trainwright.model.transformer.Transformer.init_weights",
     "loss": "trainwright.model.kernels.cross_entropy._LinearCrossEntropy.forward",
-    "backward": "trainwright.model.kernels.activation._GatedSilu.backward",
+    "backward": "trainwright.model.kernels.gated._GatedSilu.backward",
     "optimizer": "torch.optim.AdamW.step",
     "evaluation": "trainwright.train.evaluate.HeldOut.loss",
     "save": "trainwright.train.checkpoint.Checkpoints.save",

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import sys
+import time
 import types
 
 import pytest
@@ -104,6 +105,9 @@ def test_tensorboard_forgets_what_a_resume_writes_anew(tmp_path):
         tracker.close()
 
     run(1, 6, 0)
+    time.sleep(
+        1
+    )  # files are read in the order of their names: the second, then the writer's number as text, 10 before 9
     run(4, 8, 3)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
