@@ -145,6 +145,8 @@ def test_resuming_a_finished_run_only_finishes_it(finished):
     again = train(recipe, resume=True)
     assert (again.step, again.model) == (20, result.model)
     assert (result.folder / "metrics.jsonl").read_text() == before
+    # It looks at the held-out split once more, and writes that in the place of what it wrote.
+    assert [line["step"] for line in read_lines(result.folder / "evaluation.jsonl")] == [0, 10, 20]
 
 
 def test_resuming_where_nothing_is_starts(tmp_path):

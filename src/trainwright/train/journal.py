@@ -37,7 +37,8 @@ class Journal:
         write_recipe(folder, recipe)
         run_id = write_environment(folder, recipe, ranks=world.size, layout=str(world.layout))
         self.metrics = JsonLines(folder.metrics, keep_until=step)
-        self.evaluations = JsonLines(folder.evaluations, keep_until=step if step else -1)
+        # Those at a run's two ends come after what is restored: they will be written anew.
+        self.evaluations = JsonLines(folder.evaluations, keep_until=step - (step in (0, total_steps)))
         self.trackers = open_trackers(
             folder.path,
             recipe.name,
