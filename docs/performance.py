@@ -141,7 +141,7 @@ def keep(folder: Path, name: str) -> Path:
     before = read_json(target) or {"rows": []}
     rows = {row["name"]: row for row in [*before["rows"], *results["rows"]]}  # rows that did not run now stay
     kept = [{key: value for key, value in row.items() if key != "log"} for row in rows.values()]
-    then = {key: before[key] for key in ("program",) if key in before}
+    then = {"program": before["program"]} if "program" in before else {}
     text = MACHINE_PATH.sub("", json.dumps({**results, **then, "rows": kept}, ensure_ascii=False))
     write_json(target, json.loads(text))
     return target

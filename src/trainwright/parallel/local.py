@@ -19,6 +19,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @dataclass(frozen=True)
 class Place:
     """How one parameter lies on the tp axis.
@@ -60,7 +65,7 @@ class View:
         return cls(place.partial, place.spans, place.once and mesh.get_local_rank() != 0)
 
     def __call__(self, parameter: Tensor) -> Tensor:
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = own_part(parameter)
         if self.spans is not None:
             parts = [local.narrow(0, start, length) for start, length in self.spans]
             local = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -93,7 +98,7 @@ def sum_partial_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
             parameter = module._parameters[name]
             if view.partial and parameter is not None and parameter.grad is not None:
                 grad = parameter.grad
-                grads[id(parameter)] = grad.to_local() if isinstance(grad, DTensor) else grad
+                grads[id(parameter)] = own_part(grad)
     if not grads:
         return
     held = list(grads.values())

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
+from trainwright.parallel.local import own_part
 from trainwright.parallel.split import away_layers
 
 MIN_BYTES = 2**16
@@ -160,8 +160,7 @@ class Trip:
     def _is_weight(self, tensor: Tensor) -> bool:
         """Whether it is a view of a weight, gathered or not. Experts are gathered while the layer runs already."""
         if not self.weights or self.host.regathers(self.layer):
-            local = (p.to_local() if isinstance(p, DTensor) else p for p in self.layer.parameters())
-            self.weights = {p.untyped_storage().data_ptr() for p in local}
+            self.weights = {own_part(p).untyped_storage().data_ptr() for p in self.layer.parameters()}
         return tensor.untyped_storage().data_ptr() in self.weights
 
     def unpack(self, packed: Any) -> Tensor:

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from trainwright.errors import UserError
 from trainwright.model.moe import Experts, Moe, StackedLinear
 from trainwright.model.transformer import Transformer
+from trainwright.parallel.local import own_part
 from trainwright.parallel.mesh import World
 from trainwright.parallel.reduce import Reduce
 
@@ -159,8 +160,7 @@ def grad_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     local: dict[int, list[Tensor]] = {}
     for grad in grads:
-        part = grad.to_local() if isinstance(grad, DTensor) else grad
-        local.setdefault(_shards(grad), []).append(part)
+        local.setdefault(_shards(grad), []).append(own_part(grad))
     stage = world.size // world.layout.pp
     for shards, parts in sorted(local.items()):
         norms = torch.stack([norm.to(world.device) for norm in torch._foreach_norm(parts, 2, dtype=torch.float32)])

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from trainwright.parallel.local import own_part
+
 SMALLEST_RMS = 1e-3  # epsilon 2: a weight that is near zero still moves
 CLIP = 1.0  # d: the largest root mean square of an update
 DECAY = -0.8  # of the second moments: beta 2 is 1 - t^-0.8, section 7.2
@@ -66,7 +68,7 @@ def _mean(x: Tensor, dim: int) -> Tensor:
 def _rms(x: Tensor) -> Tensor:
     """Root mean square, the same plain number on every rank."""
     total = _complete(x.square().sum())
-    return ((total.to_local() if isinstance(total, DTensor) else total) / x.numel()).sqrt()
+    return (own_part(total) / x.numel()).sqrt()
 
 
 def _complete(x: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from trainwright.model.kernels import has_triton
+from trainwright.parallel.local import own_part
 
 
 class AdamW(torch.optim.AdamW):
@@ -35,10 +35,8 @@ class AdamW(torch.optim.AdamW):
             weights, grads, means, squares, _, steps = found
             if not weights:
                 continue
-            # A list: one tensor for all would be read by the host, which would wait for the whole backward pass.
-            one = torch.ones_like(steps[0]) if self.found_inf is None else 1.0 - self.found_inf
-            torch._foreach_add_(steps, [one] * len(steps))
-            parts = [[_local(tensor) for tensor in some] for some in (weights, grads, means, squares)]
+            count_step(steps, self.found_inf)
+            parts = [[own_part(tensor) for tensor in some] for some in (weights, grads, means, squares)]
             items = [item for item in zip(*parts, steps, strict=True) if item[0].numel()]  # of this rank
             settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
             update([(w, g.contiguous(), m, s, n) for w, g, m, s, n in items], settings, self.grad_scale, self.found_inf)
@@ -46,11 +44,14 @@ class AdamW(torch.optim.AdamW):
 
     def _is_ours(self) -> bool:
         def fits(tensor: Tensor) -> bool:
-            local = _local(tensor)
+            local = own_part(tensor)
             return local.is_cuda and local.is_contiguous() and local.dtype != torch.float64
 
         return has_triton() and all(group["fused"] and all(map(fits, group["params"])) for group in self.param_groups)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def count_step(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    """One more step in every count, unless it is refused."""
+    one = torch.ones_like(steps[0]) if found_inf is None else 1.0 - found_inf
+    # A list: one tensor for all would be read by the host, which would wait for the whole backward pass.
+    torch._foreach_add_(steps, [one] * len(steps))

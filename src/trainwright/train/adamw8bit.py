@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from trainwright.parallel.local import own_part
+from trainwright.train.adamw import count_step
+
 BLOCK = 256
 MIN_NUMEL = 4096
 """Smaller parameters keep float32 moments."""
@@ -84,17 +87,15 @@ class AdamW8bit(Optimizer):
             if not trained:
                 continue
             steps = [self.state[parameter]["step"] for parameter in trained]
-            # A list: one tensor for all would be read by the host, which would wait for the whole backward pass.
-            one = torch.ones_like(steps[0]) if self.found_inf is None else 1.0 - self.found_inf
-            torch._foreach_add_(steps, [one] * len(steps))
+            count_step(steps, self.found_inf)
             self._update(trained, group)
 
     def _update(self, trained: list[Tensor], group: dict[str, Any]) -> None:
         settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         together = []
         for parameter in trained:
-            weight, grad = _local(parameter), _local(parameter.grad)  # type: ignore[arg-type]
-            state = {key: _local(value) for key, value in self.state[parameter].items()}
+            weight, grad = own_part(parameter), own_part(parameter.grad)  # type: ignore[arg-type]
+            state = {key: own_part(value) for key, value in self.state[parameter].items()}
             if weight.numel() == 0:  # this rank's shard has no row
                 continue
             if weight.is_cuda and "exp_avg_scale" in state:
@@ -107,27 +108,23 @@ class AdamW8bit(Optimizer):
             update(together, settings, self.grad_scale, self.found_inf)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _new_state(parameter: Tensor) -> dict[str, Tensor]:
     """Moments of zero, laid out over ranks like the parameter."""
-    device = _local(parameter).device
+    device = own_part(parameter).device
     state = {"step": torch.zeros((), device=device)}
     if parameter.numel() < MIN_NUMEL:
         return state | {key: torch.zeros_like(parameter, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}
-    blocks = -(-_local(parameter).shape[-1] // BLOCK)
+    blocks = -(-own_part(parameter).shape[-1] // BLOCK)
     for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         zero = int((code(signed, torch.device("cpu")) == 0).nonzero())
-        state[key] = _like(parameter, _local(parameter).shape, torch.uint8).fill_(zero)
-        state[f"{key}_scale"] = _like(parameter, (*_local(parameter).shape[:-1], blocks), torch.float32).zero_()
+        state[key] = _like(parameter, own_part(parameter).shape, torch.uint8).fill_(zero)
+        state[f"{key}_scale"] = _like(parameter, (*own_part(parameter).shape[:-1], blocks), torch.float32).zero_()
     return state
 
 
 def _like(parameter: Tensor, local_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An empty tensor of which this rank holds `local_shape`, sharded as `parameter` is."""
-    local = torch.empty(local_shape, dtype=dtype, device=_local(parameter).device)
+    local = torch.empty(local_shape, dtype=dtype, device=own_part(parameter).device)
     if not isinstance(parameter, DTensor):
         return local
     shape = list(parameter.shape)
