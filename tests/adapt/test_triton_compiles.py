@@ -119,3 +119,10 @@ def test_gradients_of_a_mix_of_rows(card, rows):
     constants = {"width": 2048, "CHOICES": 8, "TILE": 8, "WIDTH": 512}
     types = [rows, rows, "*fp32", "*i64", rows, "*fp32", "i32"]
     assert compiled(_mix_gradients_kernel, types, constants, card)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_accumulate(card):
+    from trainwright.parallel.triton_accumulate import _add_kernel
+
+    assert compiled(_add_kernel, ["*fp32", "*bf16", "i32"], {"BLOCK": 1024}, card)

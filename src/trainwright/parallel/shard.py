@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from trainwright.errors import UserError
 from trainwright.model.moe import Experts, Moe, StackedLinear
 from trainwright.model.transformer import Transformer
+from trainwright.parallel.accumulate import accumulate_fast
 from trainwright.parallel.local import own_part
 from trainwright.parallel.mesh import World
 from trainwright.parallel.reduce import Reduce
@@ -112,6 +113,7 @@ def _other_dim(parameter: nn.Parameter, ranks: int) -> Shard | None:
 
 def _tune(model: nn.Module, layers: list[nn.Module], world: World) -> None:
     """Sums instead of means; the next layer's weights are gathered while this one computes, both ways."""
+    accumulate_fast()
     reduce, apart = Reduce(), world.layout.ep > 1
     for module in fsdp_modules(model):
         module.set_custom_reduce_scatter(reduce)
