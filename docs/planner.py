@@ -168,11 +168,16 @@ def _measured(path: Path) -> tuple[list[Errors], str]:
 
 
 def _peak(made: Plan, of: str | None) -> int:
-    """Bytes of what was looked at: the fullest rank of all, "rank 0", or "steps" without building the model."""
+    """Bytes of what was looked at: the fullest rank of all, "rank 0", "steps" without building the model, or the
+    "first step", whose backward pass finds no states of the optimizer yet."""
     if of == "rank 0":
         return made.memory.stages[0].peak.total
     if of == "steps":
         return max(moment.total for moment in made.memory.fullest.moments if moment.name != "build")
+    if of == "first step":
+        moments = [moment for moment in made.memory.fullest.moments if moment.name in ("loss", "backward", "optimizer")]
+        states = [moment.parts.get("optimizer", 0) if moment.name != "optimizer" else 0 for moment in moments]
+        return max(moment.total - size for moment, size in zip(moments, states, strict=True))
     return made.memory.allocated
 
 
@@ -188,7 +193,7 @@ def _speed_table(path: Path) -> tuple[list[Errors], str]:
             continue
         recipe = speed_gpu.ours(speed_gpu.ROWS[line["row"]], line["words"], options)["recipe"]
         made = _as_then(plan(load_recipe(recipe), cluster_of(results["device"], line["gpus"])), line)
-        memory, seconds, taken = made.memory.allocated, line["step_seconds"], line["peak_memory_gib"]
+        memory, seconds, taken = _peak(made, line.get("peak_of")), line["step_seconds"], line["peak_memory_gib"]
         of_memory = error(memory / GIB, taken)
         of_time = error(made.speed.step_seconds, seconds) if made.fits else None  # no speed is promised there
         use = "calibration" if line["who"] in FITTED.get(path.stem, ()) else "held out"

@@ -27,10 +27,12 @@ from trainwright.train.step import LossScale, TrainStep
 CPU = torch.device("cpu")
 
 
-def in_stages(name: str, layout: Layout, schedule: str, layers: int = 5) -> tuple[Transformer, Pipeline]:
+def in_stages(
+    name: str, layout: Layout, schedule: str, layers: int = 5, per_rank: int = 2
+) -> tuple[Transformer, Pipeline]:
     with torch.device("meta"):
         model = Transformer(models.MODELS[name](layers))
-    recipe = ParallelRecipe(pp=layout.pp, cp=layout.cp, tp=layout.tp, pp_schedule=schedule)
+    recipe = ParallelRecipe(pp=layout.pp, cp=layout.cp, tp=layout.tp, pp_schedule=schedule, pp_stages=per_rank)
     spread = parallelize(model, world_of(layout), recipe, precision="fp32", compile_layers=False, seq_len=32)
     model.to_empty(device="cpu")
     model.tie_weights()
@@ -208,6 +210,22 @@ def test_what_is_in_flight_shares_the_budget(pp, schedule):
         per_rank = len(stages_of_rank(rank, pp, schedule))
         assert chunks == in_flight(rank, pp, schedule, per_rank) * per_rank
         assert kept == pytest.approx(12.0)
+
+
+def collectives(schedule: str, per_rank: int) -> list[str]:
+    """In which order this rank gathers its stages' weights and lets go of them."""
+    layout = Layout(world_size=2, pp=2)
+    _, pipeline = in_stages("llama", layout, schedule, layers=8, per_rank=per_rank)
+    made = pipeline._schedule(8, 2, 32).pipeline_order_with_comms[torch.distributed.get_rank()]
+    return [str(action) for action in made if action.computation_type.name in ("UNSHARD", "RESHARD")]
+
+
+@pytest.mark.parametrize(("schedule", "per_rank"), [("zbv", 2), ("interleaved", 3), ("interleaved", 4)])
+def test_weights_of_a_stage_are_gathered_once_a_step(schedule, per_rank):
+    for rank, found in enumerate(run(2, collectives, schedule, per_rank)):
+        own = stages_of_rank(rank, 2, schedule, per_rank)
+        assert sorted(found[:per_rank]) == [f"{stage}UNSHARD" for stage in own]
+        assert sorted(found[per_rank:]) == [f"{stage}RESHARD" for stage in own]
 
 
 def test_a_cut_covers_all_layers_once():

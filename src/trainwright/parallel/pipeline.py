@@ -120,9 +120,9 @@ class Pipeline:
     def _make(self, stages: list[Any], count: int) -> Any:
         options: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
         if self.cut.schedule == "zbv":
-            return ScheduleZBVZeroBubble(stages, count, **options)
+            return _gather_once(ScheduleZBVZeroBubble(stages, count, **options))
         if self.cut.schedule == "interleaved":
-            return ScheduleInterleaved1F1B(stages, count, **options)
+            return _gather_once(ScheduleInterleaved1F1B(stages, count, **options))
         # 1F1B is defined from as many micro batches as stages on; with fewer, all forwards come before all backwards.
         kind = Schedule1F1B if count >= len(self.cut.stages) else ScheduleGPipe
         return kind(stages[0], count, **options)
@@ -300,6 +300,24 @@ class _StageCall:
             self.outputs.append(output)
             return tuple(output)
         return None
+
+
+def _gather_once(schedule: Any) -> Any:
+    """The same schedule with each stage's weights gathered once a step. torch lets go of all but three stages of a rank
+    and gathers the others again in every round."""
+
+    def again(stage: int, actions: Sequence[Any]) -> bool:
+        return any(action.computation_type.name == "UNSHARD" and action.stage_index == stage for action in actions)
+
+    for rank, actions in schedule.pipeline_order_with_comms.items():
+        kept: list[Any] = []
+        for place, action in enumerate(actions):
+            kind, stage = action.computation_type.name, action.stage_index
+            gathered = kind == "UNSHARD" and again(stage, kept)
+            if not gathered and not (kind == "RESHARD" and again(stage, actions[place:])):
+                kept.append(action)
+        schedule.pipeline_order_with_comms[rank] = kept
+    return schedule
 
 
 def _nothing_later() -> Callable[[], None]:

@@ -198,6 +198,11 @@ class Job:
         return self.copies and self.layout.zero >= 2
 
     @property
+    def summed_once(self) -> bool:
+        """Whether gradients are summed over ranks once a step: those of its micro batches are added up whole before."""
+        return self.fsdp and (self.layout.zero <= 1 or self.layout.pp > 1)
+
+    @property
     def states_in_host(self) -> bool:
         """Whether weights, gradients and optimizer states wait in host memory, where the update runs."""
         return self.recipe.parallel.offload in ("optimizer", "all")

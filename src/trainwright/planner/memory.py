@@ -116,16 +116,16 @@ def plan_memory(job: Job) -> MemoryPlan:
     )
 
 
-def _summed_once(job: Job) -> bool:
+def _wait_whole(job: Job) -> bool:
     """Whether gradients wait whole for the step's last micro batch, which sums them over ranks."""
-    return job.fsdp and job.accumulation > 1 and (job.layout.zero <= 1 or job.layout.pp > 1)
+    return job.summed_once and job.accumulation > 1
 
 
 def _idle(job: Job, stage: StageMemory) -> int:
     """Sharded gradients that are not there at the peak."""
     if job.recipe.train.optimizer_in_backward:
         return 0
-    here = 0 if _summed_once(job) else stage.peak.parts.get("gradients", 0)
+    here = 0 if _wait_whole(job) else stage.peak.parts.get("gradients", 0)
     return max(0, stage.states.gradients - here)
 
 
@@ -233,7 +233,7 @@ class _Walk:
     def _accumulated(self) -> Parts:
         """Gradients of earlier micro batches."""
         whole = self._whole(trained=True) * self.program.reduce
-        if _summed_once(self.job):
+        if _wait_whole(self.job):
             return {"gradients": whole}
         return {} if self.job.states_in_host else {"gradients": self.states.gradients}
 
@@ -241,7 +241,7 @@ class _Walk:
         """Whole gradients of a layer before they are summed and sharded."""
         if not self.job.fsdp and self.job.shards == 1:
             return 0
-        reduced = 0 if _summed_once(self.job) else self.program.reducing_layers * self.program.reduce
+        reduced = 0 if _wait_whole(self.job) else self.program.reducing_layers * self.program.reduce
         # Experts that no other rank holds: one matrix's gradient, as the product leaves it and as it is kept.
         alone = max((size for group in self.groups for size in alone_elements(self.job, group)), default=0)
         made = alone * (self.program.cast + self.program.gradient)

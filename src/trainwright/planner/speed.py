@@ -245,10 +245,12 @@ class _StageTime:
         """Seconds in which a micro batch's gradients are added to those that wait: both are read, the sum is written.
         The step's first micro batch finds none. alone: of those, what no rank shares."""
         job, program = self.job, self.program
-        if job.layout.zero >= program.gradients_sharded_from:
-            trained = -(-trained // job.shards) + alone
+        moved = trained * (2 * program.reduce + program.compute)  # a whole gradient comes as the backward pass left it
+        if not job.summed_once:
+            shared = job.layout.zero >= program.gradients_sharded_from
+            moved = 3 * program.gradient * (-(-trained // job.shards) + alone if shared else trained)
         bandwidth = job.cluster.card.bandwidth * GIGA * job.calibration.bandwidth
-        return 3 * trained * program.gradient / bandwidth * (job.accumulation - 1) / job.accumulation
+        return moved / bandwidth * (job.accumulation - 1) / job.accumulation
 
     def _weights_travel(self, size: int, trained: int) -> tuple[float, float]:
         """Collectives on one layer's weights (bytes; those in fewer bits travel packed) and gradients (elements),
@@ -274,7 +276,7 @@ class _StageTime:
         each_pass = job.layout.zero >= 3 and job.layout.pp == 1
         gather = 2 * size / bandwidth / (1 if each_pass else job.accumulation)
         sums = trained * (program.compute + 2 * self._wire) / bandwidth
-        sums /= job.accumulation if job.layout.zero <= 1 or job.layout.pp > 1 else 1
+        sums /= job.accumulation if job.summed_once else 1
         return gather, sums + (gather if each_pass else 0.0)
 
     @property
