@@ -53,6 +53,7 @@ TITAN_FP8 = {
     "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": True,
     "quantize.linear.float8.filter_fqns": ["output"],
 }
+ASYNC_TP2 = "parallel.tp=2 parallel.async_tp=true"
 TWICE = "parallel.pp=2 parallel.pp_schedule=interleaved"
 LEAN = "train.optimizer=adamw8bit train.master_weights=false"
 IN_BACKWARD = "train.optimizer_in_backward=true train.max_grad_norm=0"
@@ -63,6 +64,10 @@ PP2 = {
     "parallelism.pipeline_parallel_microbatch_size": 1,
 }  # fmt: skip
 INTERLEAVED = {"parallelism.pipeline_parallel_schedule": "Interleaved1F1B"}
+FOUR_STAGES = {
+    "parallelism.pipeline_parallel_layers_per_stage": 4, "parallelism.pipeline_parallel_first_stage_less_layers": 0,
+    "parallelism.pipeline_parallel_last_stage_less_layers": 0,
+}  # fmt: skip
 CP4 = {"parallelism.context_parallel_degree": 4, "activation_checkpoint.mode": "full"}
 EP = {"training.local_batch_size": 2, **TITAN_NONE}
 EP2, EP4 = ({"parallelism.expert_parallel_degree": ranks, **EP} for ranks in (2, 4))
@@ -125,10 +130,11 @@ ROWS: dict[str, Row] = {
         {"FSDP, 2 rows, no recompute": {"training.local_batch_size": 2, **TITAN_NONE}},
         {"FSDP, 2 rows, selective": {"training.local_batch_size": 2, **TITAN_MEMORY}},
     ),
-    # 290
+    # 340
     "fp8": Row(
         {
             "ZeRO-3, tensorwise, 2 rows": f"train.float8=tensorwise {micro(2)}",
+            "ZeRO-3, tensorwise, 4 rows": f"train.float8=tensorwise {micro(4)}",
             "ZeRO-3, rowwise, 2 rows": f"train.float8=rowwise {micro(2)}",
         },
         {"FSDP, tensorwise, fp8 gather, 2 rows": {"training.local_batch_size": 2, **TITAN_MEMORY, **TITAN_FP8}},
@@ -139,12 +145,13 @@ ROWS: dict[str, Row] = {
         {"the same, no recompute": {"training.local_batch_size": 2, **TITAN_NONE, **TITAN_FP8}},
         {"the same, 1 row, no recompute": {"training.local_batch_size": 1, **TITAN_NONE, **TITAN_FP8}},
     ),
-    # 260
+    # 320
     "tp": Row(
         {
             "TP2 x ZeRO-3, 2 rows": f"parallel.tp=2 {micro(2)}",
-            "TP2 x ZeRO-3, 2 rows, async": f"parallel.tp=2 parallel.async_tp=true {micro(2)}",
-            "TP2 x ZeRO-3, 4 rows, async": f"parallel.tp=2 parallel.async_tp=true {micro(4)}",
+            "TP2 x ZeRO-3, 2 rows, async": f"{ASYNC_TP2} {micro(2)}",
+            "TP2 x ZeRO-3, 4 rows, async": f"{ASYNC_TP2} {micro(4)}",
+            "TP2 x ZeRO-3, 6 rows, async": f"{ASYNC_TP2} {micro(6)}",
         },
         {
             "TP2 x FSDP, 2 rows": {**TP2, **TITAN_NONE},
@@ -158,11 +165,12 @@ ROWS: dict[str, Row] = {
             "TP2 x FSDP, 1 row, async": {**TP2, **TITAN_NONE, **ASYNC, "training.local_batch_size": 1},
         },
     ),
-    # 220
+    # 420
     "pp": Row(
         {
             "PP2 x ZeRO-3 1F1B, 8 micro batches": f"parallel.pp=2 {micro(1, 8)}",
             "PP2 x ZeRO-3 interleaved, 8 micro batches": f"{TWICE} {micro(1, 8)}",
+            "PP2 x ZeRO-3 interleaved, 4 stages a rank, 8 micro batches": f"{TWICE} parallel.pp_stages=4 {micro(1, 8)}",
             "PP2 x ZeRO-3 zbv, 8 micro batches": f"parallel.pp=2 parallel.pp_schedule=zbv {micro(1, 8)}",
         },
         spare={
@@ -172,6 +180,7 @@ ROWS: dict[str, Row] = {
         titan_large={
             "PP2 x FSDP 1F1B, 8 micro batches": PP2,
             "PP2 x FSDP interleaved, 8 micro batches": {**PP2, **INTERLEAVED},
+            "PP2 x FSDP interleaved, 4 stages a rank, 8 micro batches": {**PP2, **INTERLEAVED, **FOUR_STAGES},
         },
         titan_small={
             "PP2 x FSDP 1F1B, 8 micro batches, selective": {**PP2, **TITAN_MEMORY},
@@ -188,10 +197,14 @@ ROWS: dict[str, Row] = {
         steps=(1, 2),
         limit=300,
     ),
-    # one step, with the compilation in it; 150 of it by plan
+    # one step, with the compilation in it: 126 of it by plan, 173 for the second line
     "512k": Row(
-        {"CP4, tiles, offload": "parallel.cp=4 parallel.recompute=full parallel.offload=activations "
-         f"parallel.mlp_tokens=16384 {micro(1)}"},
+        {
+            "CP4, tiles, half of the layers to the host": "parallel.cp=4 parallel.recompute=selective "
+            f"{away(0.5)} parallel.mlp_tokens=16384 {micro(1)}",
+            "CP4, tiles, offload": "parallel.cp=4 parallel.recompute=full parallel.offload=activations "
+            f"parallel.mlp_tokens=16384 {micro(1)}",
+        },
         seq_len=524288,
         steps=(0, 1),
         limit=560,
@@ -221,11 +234,12 @@ ROWS: dict[str, Row] = {
             "transformers + Liger, 8 bit AdamW, no clipping, full recompute",
         ),
     ),
-    # not measured with four micro batches
+    # 120 without the last
     "llama2": Row(
         {
+            "TP2 x ZeRO-2, 8 rows, 2 micro batches, async": f"parallel.zero=2 {ASYNC_TP2} {micro(8, 2)}",
+            "TP2 x ZeRO-2, 4 rows, 4 micro batches, async": f"parallel.zero=2 {ASYNC_TP2} {micro(4, 4)}",
             "TP2 x ZeRO-2, 4 rows, 4 micro batches": f"parallel.tp=2 parallel.zero=2 {micro(4, 4)}",
-            "the same, async": f"parallel.tp=2 parallel.zero=2 parallel.async_tp=true {micro(4, 4)}",
         },
         model=LLAMA2,
         seq_len=4096,
@@ -240,7 +254,7 @@ ROWS: dict[str, Row] = {
     # the same two where there are no four GPUs
     "tp2": Row(
         {
-            "TP2, 2 rows, async": f"parallel.tp=2 parallel.async_tp=true {micro(2)}",
+            "TP2, 2 rows, async": f"{ASYNC_TP2} {micro(2)}",
             "TP2, 2 rows": f"parallel.tp=2 {micro(2)}",
         },
         {"TP2, 2 rows": {**TP2, **TITAN_NONE}, "TP2, 2 rows, async": {**TP2, **TITAN_NONE, **ASYNC}},
@@ -415,7 +429,7 @@ def lines(options: argparse.Namespace) -> Iterator[tuple[str, str, str, list[str
     """(row, side, name of the line, program, what it reads, the row)."""
 
     def asked(who: str) -> bool:
-        return any(word in who for word in options.only.split(";"))
+        return any(who == word[1:] if word[:1] == "=" else word in who for word in options.only.split(";"))
 
     for name in options.rows.split(","):
         row = ROWS[name]
@@ -483,7 +497,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="bf16,fp8,tp", help=", ".join(ROWS))
     parser.add_argument("--sides", default="titan,ours")
-    parser.add_argument("--only", default="", help="the lines whose name has one of these, with ; between")
+    parser.add_argument("--only", default="", help="the lines whose name has one of these (=: is it), with ; between")
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/trainwright-speed"))

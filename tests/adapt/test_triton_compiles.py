@@ -78,7 +78,7 @@ def test_gated(card, kind):
     from trainwright.model.kernels.triton_gated import _gradients_kernel, _product_kernel
 
     assert compiled(_product_kernel, [kind, kind, kind, "i32"], {"BLOCK": 1024}, card)
-    assert compiled(_gradients_kernel, [kind, kind, kind, kind, "i32"], {"BLOCK": 1024}, card)
+    assert compiled(_gradients_kernel, [kind, kind, kind, kind, kind, "i32"], {"BLOCK": 1024}, card)
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -93,8 +93,9 @@ def test_embedding(card, kind):
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("out", ["*bf16", "*fp32", "*fp16"])
 def test_cross_entropy(card, out):
-    from trainwright.model.kernels.triton_cross_entropy import _softmax_kernel
+    from trainwright.model.kernels.triton_cross_entropy import _scaled_kernel, _softmax_kernel
 
+    assert compiled(_scaled_kernel, ["*fp32", "*fp32", out, "i32"], {"BLOCK": 1024}, card)
     types = ["*fp32", "*i64", out, "*fp32"]
     constants = {"columns": 128256, "apart": 128256, "LEAST": -1e30, "WIDTH": 4096}
     assert compiled(_softmax_kernel, types, constants, card, 8)

@@ -27,6 +27,12 @@ def test_kernels_are_the_plain_arithmetic(shape, dtype):
     )
     torch.testing.assert_close(product(gate, up).float(), expected, **close)
     kept = gate.clone()
-    torch.testing.assert_close(gradients(above, gate, up).float(), of_up, **close)
-    torch.testing.assert_close(above.float(), of_gate, **close)
+    given = above.clone()
+    for found, plain in zip(gradients(above, gate, up), (of_gate, of_up), strict=True):
+        torch.testing.assert_close(found.float(), plain, **close)
+    assert torch.equal(above, given)
+    over = gradients(above, gate, up, over=True)
+    assert over[0] is above
+    for found, plain in zip(over, (of_gate, of_up), strict=True):
+        torch.testing.assert_close(found.float(), plain, **close)
     assert torch.equal(gate, kept)

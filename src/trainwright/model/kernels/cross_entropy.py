@@ -210,6 +210,10 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """total * factor in `dtype`, in one pass."""
     if total.dtype == dtype:
         return total.mul_(factor)
+    if total.is_cuda and total.is_contiguous() and has_triton():
+        from trainwright.model.kernels import triton_cross_entropy
+
+        return triton_cross_entropy.scaled(total, factor, dtype)
     return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
 
 

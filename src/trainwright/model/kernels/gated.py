@@ -35,40 +35,46 @@ class _GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return kernels.product(gate, up) if (kernels := _kernels(gate, up)) else F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if kernels := _kernels(grads[0], gate, up):
+            both: tuple[Tensor, Tensor] = kernels.gradients(grads[0], gate, up)
+            return both
         return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
 
 
 @custom_op("trainwright::gated_silu", mutates_args=())
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, rounded once."""
-    if _has_kernel(gate, up):
-        from trainwright.model.kernels.triton_gated import product
-
-        return product(gate, up)
+    if kernels := _kernels(gate, up):
+        made: Tensor = kernels.product(gate, up)
+        return made
     return (F.silu(gate.float()) * up).to(gate.dtype)
 
 
 @custom_op("trainwright::gated_silu_gradients", mutates_args=("grad",))
 def gated_silu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """The gradient of `up`; that of `gate` takes the place of the product's, `grad`."""
-    if _has_kernel(grad, gate, up):
-        from trainwright.model.kernels.triton_gated import gradients
-
-        return gradients(grad, gate, up)
+    if kernels := _kernels(grad, gate, up):
+        of_up: Tensor = kernels.gradients(grad, gate, up, over=True)[1]
+        return of_up
     wide = gate.float()
     of_up = (F.silu(wide) * grad).to(up.dtype)
     grad.copy_(torch.ops.aten.silu_backward(grad.float() * up, wide))
     return of_up
 
 
-def _has_kernel(*tensors: Tensor) -> bool:
+def _kernels(*tensors: Tensor) -> Any:
+    """Our Triton kernels, where these tensors can take them."""
     alike = all(tensor.is_contiguous() and tensor.dtype != torch.float64 for tensor in tensors)
-    return alike and tensors[0].is_cuda and has_triton()
+    if not (alike and tensors[0].is_cuda and has_triton()):
+        return None
+    from trainwright.model.kernels import triton_gated
+
+    return triton_gated
 
 
 @gated_silu.register_fake

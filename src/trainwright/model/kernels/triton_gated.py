@@ -19,7 +19,7 @@ def _product_kernel(gate, up, out, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gradients_kernel(grad, gate, up, of_up, count, BLOCK: tl.constexpr):
+def _gradients_kernel(grad, gate, up, of_gate, of_up, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     above = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
@@ -27,8 +27,8 @@ def _gradients_kernel(grad, gate, up, of_up, count, BLOCK: tl.constexpr):
     y = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(x)
     tl.store(of_up + place, (above * x * share).to(of_up.dtype.element_ty), mask=inside)
-    of_gate = above * y * share * (1 + x * (1 - share))
-    tl.store(grad + place, of_gate.to(grad.dtype.element_ty), mask=inside)
+    slope = share * (1 + x * (1 - share))
+    tl.store(of_gate + place, (above * y * slope).to(of_gate.dtype.element_ty), mask=inside)
 
 
 def product(gate: Tensor, up: Tensor) -> Tensor:
@@ -38,9 +38,9 @@ def product(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def gradients(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """The gradient of `up`; that of `gate` is written over `grad`. All contiguous, of one shape."""
-    of_up = torch.empty_like(up)
+def gradients(grad: Tensor, gate: Tensor, up: Tensor, *, over: bool = False) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up, all contiguous, of one shape. over: gate's takes the place of `grad`."""
+    of_gate, of_up = grad if over else torch.empty_like(gate), torch.empty_like(up)
     programs = (-(-grad.numel() // BLOCK),)
-    _gradients_kernel[programs](grad, gate, up, of_up, grad.numel(), BLOCK=BLOCK, num_warps=4)
-    return of_up
+    _gradients_kernel[programs](grad, gate, up, of_gate, of_up, grad.numel(), BLOCK=BLOCK, num_warps=4)
+    return of_gate, of_up
