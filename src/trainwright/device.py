@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,22 @@ def widest_float(device: torch.device) -> torch.dtype:
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor from the CPU without waiting for the device, which a copy from pageable memory would."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def fetch(tensor: torch.Tensor) -> Callable[[], list[Any]]:
+    """Begins to copy a tensor to the CPU; the call that comes back waits for this copy alone and gives the numbers,
+    while the device goes on with what was queued since."""
+    if tensor.device.type == "cpu":
+        return tensor.tolist
+    here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    copied = torch.Event(tensor.device)
+    copied.record()
+
+    def numbers() -> list[Any]:
+        copied.synchronize()
+        return list(here.tolist())
+
+    return numbers
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.train.small import small_recipe
+from trainwright.device import fetch
 from trainwright.train.metrics import read_lines
 from trainwright.train.trainer import Trainer, train
 
@@ -29,7 +30,7 @@ def test_deterministic_runs_resume_bit_for_bit(tmp_path, precision):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_step_waits_for_the_device_once(tmp_path, packing):
+def test_a_step_waits_for_its_report_alone(tmp_path, packing):
     trainer = Trainer(small_recipe(tmp_path, "train.precision=bf16", f"data.packing={str(packing).lower()}"))
     trainer.clock = 0.0
     steps = [list(islice(trainer.loader, trainer.loader.accumulation)) for _ in range(5)]
@@ -43,7 +44,7 @@ def test_a_step_waits_for_the_device_once(tmp_path, packing):
         torch.cuda.set_sync_debug_mode("default")
     trainer.close()
     waits = [f"{w.filename}:{w.lineno}" for w in seen if "called a synchronizing" in str(w.message)]
-    assert len(waits) == 2, waits
+    assert not waits  # the report's own event is not among what torch reports
 
 
 def test_bf16_with_float32_masters_follows_float32(tmp_path):
@@ -53,3 +54,16 @@ def test_bf16_with_float32_masters_follows_float32(tmp_path):
         losses[precision] = [line["loss"] for line in read_lines(result.folder / "metrics.jsonl")]
     assert losses["bf16"][:10] == pytest.approx(losses["fp32"][:10], rel=0.02)
     assert losses["bf16"][-1] == pytest.approx(losses["fp32"][-1], rel=0.1)
+
+
+def test_the_host_has_a_step_before_the_device_has_updated():
+    """What is fetched is what the tensor was; the host goes on while the device does what was queued since."""
+    tensor, work = torch.ones(3, device="cuda", dtype=torch.float64), torch.randn(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    numbers, done = fetch(tensor), torch.cuda.Event()
+    tensor.zero_()
+    for _ in range(20):
+        work = work @ work
+    done.record()
+    assert numbers() == [1.0, 1.0, 1.0]
+    assert not done.query()

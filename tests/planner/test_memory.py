@@ -34,7 +34,7 @@ from trainwright.model.kernels import quantized
 from trainwright.model.transformer import Transformer
 from trainwright.parallel.apply import DTYPES, parallelize
 from trainwright.parallel.layout import Layout
-from trainwright.planner import memory
+from trainwright.planner import moments
 from trainwright.planner.build import build_job
 from trainwright.planner.hardware import Cluster, cpu_card
 from trainwright.planner.memory import MemoryPlan, plan_memory
@@ -203,9 +203,9 @@ def test_peak_of_a_step_in_a_layout(how, vocab):
 @pytest.mark.parametrize("at_once", [1 << 24, 1 << 18])
 def test_peak_of_building_random_weights(quantize, at_once, monkeypatch):
     """The head is the largest tensor: whole in float32, and its own rounding, beside all that is there already."""
-    assert quantized._ROWS_NUMEL == memory.ROUNDED_AT_ONCE
+    assert quantized._ROWS_NUMEL == moments.ROUNDED_AT_ONCE
     monkeypatch.setattr(quantized, "_ROWS_NUMEL", at_once)
-    monkeypatch.setattr(memory, "ROUNDED_AT_ONCE", at_once)
+    monkeypatch.setattr(moments, "ROUNDED_AT_ONCE", at_once)
     config, how = add_adapters(add_quantization(model("llama", 8192), quantize, tables=quantize), Lora(8, 16.0)), How()
     with torch.device("meta"):
         network = Transformer(config)
@@ -214,5 +214,5 @@ def test_peak_of_building_random_weights(quantize, at_once, monkeypatch):
     network.tie_weights()
     with Alive([tensor.detach() for tensor in (*network.parameters(), *network.buffers())]) as alive:
         network.init_weights(1)
-    moments = {moment.name: moment.total for moment in planned(config, how, adapter={"rank": 8}).fullest.moments}
-    assert moments["build"] == pytest.approx(alive.peak, rel=0.05)
+    found = {moment.name: moment.total for moment in planned(config, how, adapter={"rank": 8}).fullest.moments}
+    assert found["build"] == pytest.approx(alive.peak, rel=0.05)

@@ -2,7 +2,7 @@
 
 Bytes of one micro batch. Owns the list of tensors of each part: those that autograd keeps in `model/` with the kernels
 of `model/kernels/` when the program is our own, and those that another program's traits say. Tests compare it with what
-autograd really keeps. Which of them recomputation drops is counted here too; when they exist is `memory.py`'s.
+autograd really keeps. Which of them recomputation drops is counted here too; when they exist is `moments.py`'s.
 """
 
 from __future__ import annotations

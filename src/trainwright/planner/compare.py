@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainwright.planner.hardware import GIB
-from trainwright.planner.memory import Moment
+from trainwright.planner.moments import Moment
 from trainwright.planner.plan import Plan, find_changes
 
 MISS = 0.10  # a larger relative error says which part missed

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.data.loader import Batch
-from trainwright.device import upload, widest_float
+from trainwright.device import fetch, upload, widest_float
 from trainwright.model.mask import document_offsets
 from trainwright.model.transformer import LossOutput
 from trainwright.parallel.local import sum_partial_gradients
@@ -112,11 +112,12 @@ class TrainStep:
             sum_partial_gradients(self.model.model if isinstance(self.model, Pipeline) else self.model, tp)
         norm = self.in_backward.finish() if self.in_backward else self._grad_norm() / self.loss_scale.value
         bad = 1 - (loss_sum.isfinite() & norm.isfinite()).float()
-        report = torch.cat([counts, torch.stack([loss_sum, norm.to(counts.dtype), bad.to(counts.dtype)])])
+        report = fetch(torch.cat([counts, torch.stack([loss_sum, norm.to(counts.dtype), bad.to(counts.dtype)])]))
         after = self.in_backward is None
-        if after and self.optimizers.guards_itself:  # queued before the host waits; the kernel refuses NaN itself
+        # Queued before the host waits; the kernel refuses NaN itself. While it runs the host begins the next step.
+        if after and self.optimizers.guards_itself:
             self.optimizers.step(self._coefficient(norm), bad)
-        supervised, tokens, stop, loss, grad_norm, refused = report.tolist()
+        supervised, tokens, stop, loss, grad_norm, refused = report()
         if after and not self.optimizers.guards_itself and not refused:
             self.optimizers.step(self._coefficient(norm), bad)
         self.optimizers.zero_grad()
