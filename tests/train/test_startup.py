@@ -7,7 +7,10 @@ from tests.train.small import small_recipe
 from trainwright.train.startup import Startup, process_age
 from trainwright.train.trainer import train
 
-PHASES = ["imports", "tokenizer", "process group", "data", "model", "weights", "optimizer and restore", "first answers"]
+PHASES = [
+    "imports", "tokenizer", "process group", "data", "attention kernels", "layout", "model", "weights",
+    "optimizer and restore", "first answers",
+]  # fmt: skip
 
 
 def test_a_run_says_where_its_start_went(tmp_path):

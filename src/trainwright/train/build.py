@@ -123,6 +123,7 @@ def build_model(
     model.set_attention_backend(recipe.model.attention)
     if recipe.model.attention in SERVED:
         activate_flash(world.device)
+    done("attention kernels")
     if recipe.adapter is not None:
         freeze_base(model)
     freeze(model, recipe.model.frozen)
@@ -141,6 +142,7 @@ def build_model(
         compile_layers=world.device.type != "cpu" if settings.compile == "auto" else settings.compile,
         seq_len=recipe.data.seq_len,
     )
+    done("layout")
     model.to_empty(device="cpu" if in_host_memory(recipe.parallel) else world.device)
     move_buffers(model, world.device)
     model.tie_weights()
