@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from trainwright.cli import app
 from trainwright.errors import UserError
+from trainwright.model.kernels.cross_entropy import TRAINED_ROWS, chunk_rows
 from trainwright.planner.calibration import load_calibration, read_calibration, write_calibration
 from trainwright.planner.hardware import GIB, Cluster, card_named, cluster_of
 from trainwright.planner.plan import changed, find_changes, largest_micro_batch, plan
+from trainwright.planner.program import chunk_tokens, own_program
 from trainwright.planner.search import search
 from trainwright.recipe.load import load_recipe
 
@@ -37,6 +39,18 @@ def file(tmp_path):
 
 
 # ---- memory and speed move as they must
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("card", "device"), [("cpu", "cpu"), ("H200", "cuda")])
+@pytest.mark.parametrize("vocab", [320, 32000, 128256])
+def test_chunks_of_the_loss_are_the_program_s(vocab, card, device, trained):
+    program = own_program(recipe(), card_named(card), 1)
+    for tokens in (1, 100, 4097, 8192, 65536):
+        chunk = chunk_rows(tokens, vocab, device, trained)
+        assert chunk == chunk_tokens(program, tokens, vocab, "cpu" if card == "cpu" else "gpu", trained)
+        if trained and device == "cuda":  # else the gradient's own bytes show
+            assert chunk > TRAINED_ROWS // 2 or chunk == tokens
 
 
 def test_sharding_and_recomputation_save_memory():

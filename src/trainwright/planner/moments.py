@@ -233,7 +233,7 @@ class Walk:
         vocab = -(-job.config.lm_head.out_features // job.layout.tp)
         if program.name == "trainwright" and job.config.lm_head.quantization is not None:
             return {"logits": self._sliced_logits(vocab), "loss": self._loss_kept()}
-        chunk = chunk_tokens(program, job.tokens, vocab, self.device)
+        chunk = chunk_tokens(program, job.tokens, vocab, self.device, self._head_trained())
         each = program.logits
         if program.name == "trainwright" and job.layout.tp > 1:
             each = 4 if program.compute == 4 else 6  # over a split vocabulary, softmax is taken in place

@@ -96,6 +96,8 @@ class Program:
     """A logit at the peak of the loss."""
     loss_chunk: int = 0
     """Tokens whose logits exist at once; 0: all of the micro batch."""
+    trained_rows: int = 0
+    """The same where the head is trained, or more; 0: no such rule."""
     head_work: int = 8
     """What the loss holds beside its gradient, an element of a trained head."""
     head_product: int = 0
@@ -184,6 +186,7 @@ class Program:
 
 # Float32 logits that exist at once, in bytes: `model/kernels/cross_entropy.py` chooses its chunks by it.
 LOGIT_CHUNK_BYTES = {"cpu": 96 << 20, "gpu": 512 << 20}
+TRAINED_ROWS = 4096
 # A head in fewer bits takes slices of its rows, and as many tokens as give so many logits (`adapt/head.py`).
 HEAD_SLICE, HEAD_TILE = 4096, 1 << 24
 ROUNDED_AT_ONCE = 1 << 24  # numbers, `kernels/quantized.py`
@@ -230,6 +233,7 @@ def own_program(recipe: Recipe, card: Card, world_size: int) -> Program:
         head_product=6 if cpu and compute != 4 else 0,
         attention="cudnn" if recipe.model.attention in ("auto", "cudnn") else "flash",
         loss_chunk=train.loss_chunk,
+        trained_rows=0 if cpu else TRAINED_ROWS,
         # Compiled layers fuse norms, rotation, activation and residuals into a few passes (`benchmarks/floor.py`).
         stream_traffic=(50.0 if compiled else 540.0) * compute / 2,
         inner_traffic=(18.0 if compiled else 50.0) * compute / 2,
@@ -280,11 +284,13 @@ def _host_work(recipe: Recipe, world_size: int, compiled: bool) -> int:
     return work + (context if parallel.cp > 1 else 0)
 
 
-def chunk_tokens(program: Program, tokens: int, vocab: int, device: str) -> int:
+def chunk_tokens(program: Program, tokens: int, vocab: int, device: str, trained: bool) -> int:
     """Tokens whose logits exist at once (the rule of `model/kernels/cross_entropy.py: chunk_rows`)."""
     if program.loss_chunk:
         return min(tokens, program.loss_chunk)
     if program.name != "trainwright":
         return tokens
     chunks = max(1, -(-tokens * vocab * 4 // LOGIT_CHUNK_BYTES[device]))
+    if trained and program.trained_rows:
+        chunks = min(chunks, max(1, -(-tokens // program.trained_rows)))
     return -(-tokens // chunks)

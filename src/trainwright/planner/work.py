@@ -288,7 +288,7 @@ def head_work(job: Job) -> Work:
         work.count(flops, 0.0)
         size = job.tokens * columns * SLICED_TRAFFIC
     if trained and job.program.head_traffic:
-        chunk = chunk_tokens(job.program, job.tokens, int(columns), "gpu")
+        chunk = chunk_tokens(job.program, job.tokens, int(columns), "gpu", trained)
         size += job.tokens / chunk * head.in_features * columns * job.program.head_traffic
     moved = roofline.move(size)
     work.add("loss", (moved / 2, moved / 2))
