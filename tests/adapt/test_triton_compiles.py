@@ -123,7 +123,9 @@ def test_gradients_of_a_mix_of_rows(card, rows):
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_accumulate(card):
-    from trainwright.parallel.triton_accumulate import _add_kernel
+def test_sums_of_gradients(card):
+    from trainwright.parallel.triton_sums import _add_kernel, _parts_kernel
 
+    constants = {"RANK": 2, "RANKS": 4, "BLOCK": 1024}
+    assert compiled(_parts_kernel, ["*bf16", "*bf16", "*fp32", "i32"], constants, card)
     assert compiled(_add_kernel, ["*fp32", "*bf16", "i32"], {"BLOCK": 1024}, card)

@@ -1,8 +1,9 @@
-"""Whole gradients of micro batches, added up in float32 at the memory's rate.
+"""Gradients of micro batches and of ranks, added up in float32 at the memory's rate.
 
 Where gradients are summed over the ranks once a step (pipelines, ZeRO 0 and 1), FSDP adds each micro batch's to a
 float32 sum by `+=`. torch's kernel for operands of two types reads number by number, at half of the rate of the memory
-(2.3 of an H200's 4.2 TB/s), and those sums are 10 bytes a weight and micro batch.
+(2.3 of an H200's 4.2 TB/s), and those sums are 10 bytes a weight and micro batch. The ranks' parts that copy engines
+bring (`copies.py`) are summed where they lie: this rank's own is not copied beside the others.
 """
 
 from __future__ import annotations
@@ -25,11 +26,21 @@ def accumulate(total: Tensor, grad: Tensor) -> None:
     total, grad = own_part(total), own_part(grad)
     plain = all(part.is_cuda and part.is_contiguous() for part in (total, grad))
     if plain and total.dtype == torch.float32 != grad.dtype and has_triton():
-        from trainwright.parallel.triton_accumulate import add
+        from trainwright.parallel.triton_sums import add
 
         add(total, grad)
     else:
         total += grad
+
+
+def sum_parts(own: Tensor, others: Tensor, rank: int, total: Tensor) -> None:
+    """total [N] = own [N] + others [R - 1, N], the other ranks' in their order, made in total's type."""
+    if total.is_cuda and total.dtype == torch.float32 and has_triton():
+        from trainwright.parallel.triton_sums import sum_parts
+
+        sum_parts(own, others, rank, total)
+    else:
+        torch.sum(torch.stack([*others[:rank], own, *others[rank:]]), 0, dtype=total.dtype, out=total)
 
 
 def _accumulate_if_needed(held: FSDPParam) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from trainwright.device import note_outside
 from trainwright.errors import UserError
 from trainwright.model.moe import Moe
+from trainwright.parallel.accumulate import sum_parts
 from trainwright.parallel.layout import shared_bytes
 from trainwright.parallel.mesh import World
 from trainwright.parallel.reduce import Reduce
@@ -197,10 +198,10 @@ class CopyReduce(Reduce):
     ) -> Any:
         assert op == dist.ReduceOp.SUM, op
         shard, rank = output_tensor.numel(), group.rank()
-        parts = torch.empty(group.size(), shard, dtype=self.wire, device=input_tensor.device)
+        own = input_tensor[rank * shard : (rank + 1) * shard]
+        others = torch.empty(group.size() - 1, shard, dtype=self.wire, device=input_tensor.device)
         self.ring.meet(input_tensor, 0)
-        parts[rank].copy_(input_tensor[rank * shard : (rank + 1) * shard])
         for peer in self.ring.peers():
-            self.ring.pull(input_tensor, peer, rank * shard, parts[peer])
+            self.ring.pull(input_tensor, peer, rank * shard, others[peer - (peer > rank)])
         self.ring.meet(input_tensor, 1)
-        torch.sum(parts, 0, dtype=output_tensor.dtype, out=output_tensor)
+        sum_parts(own, others, rank, output_tensor)
