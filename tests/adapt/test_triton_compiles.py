@@ -129,3 +129,11 @@ def test_sums_of_gradients(card):
     constants = {"RANK": 2, "RANKS": 4, "BLOCK": 1024}
     assert compiled(_parts_kernel, ["*bf16", "*bf16", "*fp32", "i32"], constants, card)
     assert compiled(_add_kernel, ["*fp32", "*bf16", "i32"], {"BLOCK": 1024}, card)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("narrow", ["*bf16", "*fp16"])
+def test_widen(card, narrow):
+    from trainwright.model.kernels.triton_cast import _widen_kernel
+
+    assert compiled(_widen_kernel, [narrow, "*fp32", "i32"], {"BLOCK": 1024}, card)
