@@ -30,7 +30,7 @@ def _parts_kernel(own, others, total, count, RANK: tl.constexpr, RANKS: tl.const
         if rank == RANK:
             part = tl.load(own + place, mask=inside, other=0.0)
         else:
-            row = (rank - 1 if rank > RANK else rank) * count.to(tl.int64)
+            row = tl.full([], rank - 1 if rank > RANK else rank, tl.int64) * count
             part = tl.load(others + row + place, mask=inside, other=0.0)
         found += part.to(tl.float32)
     tl.store(total + place, found, mask=inside)
