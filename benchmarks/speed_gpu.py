@@ -225,6 +225,8 @@ ROWS: dict[str, Row] = {
             "8 bit AdamW, selective": f"{LEAN} {budget(12)} {SMALL_LOSS} {micro(1)}",
             "8 bit AdamW, selective, half to the host":
             f"{LEAN} {budget(16)} {away(0.5)} train.loss_chunk=2048 {micro(1)}",
+            "8 bit AdamW, selective, 18 GiB, 0.47 to the host":
+            f"{LEAN} {budget(18)} {away(0.47)} {SMALL_LOSS} {micro(1)}",
             "8 bit AdamW in backward, no clipping, selective, half to the host":
             f"{LEAN} {IN_BACKWARD} {budget(22)} {away(0.55)} {SMALL_LOSS} {micro(1)}",
             "8 bit AdamW in backward, no clipping, full recompute":
