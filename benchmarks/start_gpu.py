@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from speed_gpu import LLAMA3, Row, measure, micro, ours
+from speed_gpu import measure, ours
+from speed_rows import LLAMA3, Row, micro
 
 ROW = Row({"": micro(1)}, steps=(0, 1))
 RUNS = ("nothing compiled", "compiled before")

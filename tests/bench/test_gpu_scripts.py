@@ -28,6 +28,7 @@ def script(name):
     return module
 
 
+sys.path.insert(0, str(SCRIPTS))  # as Python does for the script that it runs
 speed, layouts = script("speed_gpu"), script("layouts_gpu")
 
 
