@@ -93,9 +93,8 @@ def test_embedding(card, kind):
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("out", ["*bf16", "*fp32", "*fp16"])
 def test_cross_entropy(card, out):
-    from trainwright.model.kernels.triton_cross_entropy import _scaled_kernel, _softmax_kernel
+    from trainwright.model.kernels.triton_cross_entropy import _softmax_kernel
 
-    assert compiled(_scaled_kernel, ["*fp32", "*fp32", out, "i32"], {"BLOCK": 1024}, card)
     types = ["*fp32", "*i64", out, "*fp32"]
     constants = {"columns": 128256, "apart": 128256, "LEAST": -1e30, "WIDTH": 4096}
     assert compiled(_softmax_kernel, types, constants, card, 8)
@@ -132,8 +131,12 @@ def test_sums_of_gradients(card):
 
 
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize("narrow", ["*bf16", "*fp16"])
-def test_widen(card, narrow):
-    from trainwright.model.kernels.triton_cast import _widen_kernel
+@pytest.mark.parametrize(("x", "out", "scaled"), [
+    ("*bf16", "*fp32", False), ("*fp16", "*fp32", False),
+    ("*fp32", "*bf16", True), ("*fp32", "*fp32", True), ("*fp32", "*fp16", True),
+])  # fmt: skip
+def test_cast(card, x, out, scaled):
+    from trainwright.model.kernels.triton_cast import _cast_kernel
 
-    assert compiled(_widen_kernel, [narrow, "*fp32", "i32"], {"BLOCK": 1024}, card)
+    types = [x, "*fp32" if scaled else x, out, "i32"]
+    assert compiled(_cast_kernel, types, {"SCALED": scaled, "BLOCK": 1024}, card)

@@ -26,9 +26,9 @@ def accumulate(total: Tensor, grad: Tensor) -> None:
     total, grad = own_part(total), own_part(grad)
     plain = all(part.is_cuda and part.is_contiguous() for part in (total, grad))
     if plain and total.dtype == torch.float32 != grad.dtype and has_triton():
-        from trainwright.parallel.triton_sums import add
+        from trainwright.parallel import triton_sums
 
-        add(total, grad)
+        triton_sums.add(total, grad)
     else:
         total += grad
 
@@ -36,9 +36,9 @@ def accumulate(total: Tensor, grad: Tensor) -> None:
 def sum_parts(own: Tensor, others: Tensor, rank: int, total: Tensor) -> None:
     """total [N] = own [N] + others [R - 1, N], the other ranks' in their order, made in total's type."""
     if total.is_cuda and total.dtype == torch.float32 and has_triton():
-        from trainwright.parallel.triton_sums import sum_parts
+        from trainwright.parallel import triton_sums
 
-        sum_parts(own, others, rank, total)
+        triton_sums.sum_parts(own, others, rank, total)
     else:
         torch.sum(torch.stack([*others[:rank], own, *others[rank:]]), 0, dtype=total.dtype, out=total)
 

@@ -120,7 +120,7 @@ class Pipeline:
     def _make(self, stages: list[Any], count: int) -> Any:
         options: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
         if self.cut.schedule == "zbv":
-            return _gather_once(ScheduleZBVZeroBubble(stages, count, **options))
+            return ScheduleZBVZeroBubble(stages, count, **options)
         if self.cut.schedule == "interleaved":
             return _gather_once(ScheduleInterleaved1F1B(stages, count, **options))
         # 1F1B is defined from as many micro batches as stages on; with fewer, all forwards come before all backwards.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainwright.model.kernels import has_triton
+from trainwright.model.kernels.cast import cast
 from trainwright.model.kernels.product import add_matmul, matmul
 
 IGNORE = -100
@@ -213,13 +214,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """total * factor in `dtype`, in one pass."""
-    if total.dtype == dtype:
-        return total.mul_(factor)
-    if total.is_cuda and total.is_contiguous() and has_triton():
-        from trainwright.model.kernels import triton_cross_entropy
-
-        return triton_cross_entropy.scaled(total, factor, dtype)
-    return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
+    return total.mul_(factor) if total.dtype == dtype else cast(total, dtype, factor)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -4,6 +4,7 @@ Names: M tokens, I the inner width.
 """
 
 # No `from __future__ import annotations`: torch reads the operations' schemas from these annotations.
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def gated_silu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return of_up
 
 
-def _kernels(*tensors: Tensor) -> Any:
+def _kernels(*tensors: Tensor) -> ModuleType | None:
     """Our Triton kernels, where these tensors can take them."""
     alike = all(tensor.is_contiguous() and tensor.dtype != torch.float64 for tensor in tensors)
     if not (alike and tensors[0].is_cuda and has_triton()):

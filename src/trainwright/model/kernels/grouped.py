@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainwright.model.kernels import has_triton
+from trainwright.model.kernels.cast import cast
 from trainwright.model.kernels.product import linear, matmul
 
 
@@ -50,17 +50,7 @@ class _Cast(torch.autograd.Function):
         grad_MO, of = grads[0].contiguous(), None
         if of_x:
             of = grouped_linear(grad_MO, weight_EOI.to(grad_MO.dtype).transpose(1, 2), counts_E)
-        return of, _cast(_of_weight(grad_MO, x_MI, counts_E), weight_EOI.dtype) if of_weight else None, None
-
-
-def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient in its weight's type. torch widens 16 bits number by number, at half of the memory's rate."""
-    plain = gradient.is_cuda and gradient.is_contiguous() and gradient.dtype.itemsize == 2
-    if plain and dtype == torch.float32 and has_triton():
-        from trainwright.model.kernels.triton_cast import widen
-
-        return widen(gradient)
-    return gradient.to(dtype)
+        return of, cast(_of_weight(grad_MO, x_MI, counts_E), weight_EOI.dtype) if of_weight else None, None
 
 
 def _of_weight(grad_MO: Tensor, x_MI: Tensor, counts_E: Tensor) -> Tensor:

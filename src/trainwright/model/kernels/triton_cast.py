@@ -1,4 +1,4 @@
-"""16 bits to float32 in whole reads and writes."""
+"""Numbers of one type in another, scaled or not, in whole reads and writes. What it must match is `cast.py`."""
 
 # Kernels are written without type annotations: Triton reads its own from them.
 import torch
@@ -10,14 +10,18 @@ BLOCK = 1024
 
 
 @triton.jit
-def _widen_kernel(narrow, wide, count, BLOCK: tl.constexpr):
+def _cast_kernel(x, factor, out, count, SCALED: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
-    tl.store(wide + place, tl.load(narrow + place, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    number = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        number *= tl.load(factor)
+    tl.store(out + place, number.to(out.dtype.element_ty), mask=inside)
 
 
-def widen(narrow: Tensor) -> Tensor:
-    """A contiguous tensor in float32."""
-    wide, count = torch.empty_like(narrow, dtype=torch.float32), narrow.numel()
-    _widen_kernel[(-(-count // BLOCK),)](narrow, wide, count, BLOCK=BLOCK, num_warps=4)
-    return wide
+def cast(x: Tensor, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
+    """A contiguous tensor, times factor [] (float32) where there is one, in `dtype`."""
+    out, count = torch.empty_like(x, dtype=dtype), x.numel()
+    given, programs = x if factor is None else factor, (-(-count // BLOCK),)
+    _cast_kernel[programs](x, given, out, count, SCALED=factor is not None, BLOCK=BLOCK, num_warps=4)
+    return out

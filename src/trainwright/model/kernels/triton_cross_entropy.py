@@ -79,14 +79,6 @@ def _gradient_kernel(
     tl.store(grad + row * apart + column, p.to(grad.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _scaled_kernel(total, factor, out, count, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    scaled = tl.load(total + place, mask=inside, other=0.0) * tl.load(factor)
-    tl.store(out + place, scaled.to(out.dtype.element_ty), mask=inside)
-
-
 def slice_sums(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
     """[3, M] float32 of a slice of the vocabulary: the highest logit, the sum of exponentials of their differences from
     it, and the label's logit, 0 where the label (below 0) is in another slice."""
@@ -117,11 +109,3 @@ def softmax_gradient(logits_MV: Tensor, labels_M: Tensor, dtype: torch.dtype) ->
     # A number below every logit, and finite: the difference of two infinities is none.
     _softmax_kernel[(rows,)](logits_MV, labels_M, grad_MV, loss_M, columns, apart, LEAST=-1e30, WIDTH=4096, num_warps=8)
     return grad_MV, loss_M
-
-
-def scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """total (float32, contiguous) * factor [] (float32) in `dtype`. torch's kernel of two types takes three times as
-    long."""
-    out, count = torch.empty_like(total, dtype=dtype), total.numel()
-    _scaled_kernel[(-(-count // 1024),)](total, factor, out, count, BLOCK=1024, num_warps=4)
-    return out
